@@ -1,0 +1,1 @@
+"""Things to try the project with; not part of the installed package."""
