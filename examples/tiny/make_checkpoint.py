@@ -98,6 +98,7 @@ def _write_shards(output: Path, sizes: TinySizes, seed: int, dtype: str) -> int:
         # The publisher's shard names have six digits after "of".
         name = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
         save_file(tensors, output / name, metadata={"format": "pt"})
+        (output / name).chmod(0o644)  # safetensors makes it readable by the owner alone
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     _write_json(output / "model.safetensors.index.json", index)

@@ -13,8 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from examples.tiny.config import BLOCK, TinySizes
+from examples.tiny.language import follower_head
 
 SCALE_SUFFIX = "_scale_inv"
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+RESIDUAL_GAIN = 0.3
+"""Factor on projections that add to the residual stream, as deep models are initialised: five
+layers together then weigh about as much as the embedding they are added to."""
+
+HEAD_SIGNAL, HEAD_NOISE = 64.0, 1.6
+"""Size in logits of the head's knowledge and of its random part."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class TensorSpec:
     ``kind`` says how it is stored: "linear" is quantised in an FP8 checkpoint (FP8 codes plus a
     float32 scale per block, named ``<name>_scale_inv``) and bfloat16 otherwise; "bf16" and "f32"
     are stored so in every checkpoint. Values are ``center`` + noise of standard deviation ``std``.
+    ``copy_of`` names the tensor that this one repeats, if any.
     """
 
     name: str
@@ -31,6 +43,7 @@ class TensorSpec:
     kind: str
     std: float
     center: float = 0.0
+    copy_of: str = ""
 
     @property
     def scale_shape(self) -> tuple[int, int]:
@@ -42,14 +55,16 @@ class TensorSpec:
 def tensor_specs(sizes: TinySizes) -> Iterator[TensorSpec]:
     """Yield every tensor of the checkpoint in file order (without the ``_scale_inv`` ones)."""
     hidden, vocab = sizes.hidden_size, sizes.vocab_size
-    yield TensorSpec("model.embed_tokens.weight", (vocab, hidden), "bf16", 1.0)
+    yield TensorSpec(EMBEDDING, (vocab, hidden), "bf16", 1.0)
     for layer in range(sizes.num_hidden_layers):
         yield from _decoder_layer(sizes, layer, moe=layer in sizes.moe_layers)
     yield _norm("model.norm", hidden)
-    yield TensorSpec("lm_head.weight", (vocab, hidden), "bf16", 3.0 * hidden**-0.5)
+    yield TensorSpec(HEAD, (vocab, hidden), "bf16", HEAD_NOISE * hidden**-0.5)
     for layer in sizes.mtp_layers:
         prefix = f"model.layers.{layer}"
-        yield TensorSpec(f"{prefix}.embed_tokens.weight", (vocab, hidden), "bf16", 1.0)
+        # The published file repeats the main model's embedding and head in the MTP layer.
+        embedding = f"{prefix}.embed_tokens.weight"
+        yield TensorSpec(embedding, (vocab, hidden), "bf16", 1.0, copy_of=EMBEDDING)
         yield _norm(f"{prefix}.enorm", hidden)
         yield _norm(f"{prefix}.hnorm", hidden)
         # Not quantised by the publisher, although it is a plain linear layer.
@@ -58,7 +73,8 @@ def tensor_specs(sizes: TinySizes) -> Iterator[TensorSpec]:
         yield from _decoder_layer(sizes, layer, moe=True)
         yield _norm(f"{prefix}.shared_head.norm", hidden)
         head = f"{prefix}.shared_head.head.weight"
-        yield TensorSpec(head, (vocab, hidden), "bf16", 3.0 * hidden**-0.5)
+        std = HEAD_NOISE * hidden**-0.5
+        yield TensorSpec(head, (vocab, hidden), "bf16", std, copy_of=HEAD)
 
 
 def _decoder_layer(sizes: TinySizes, layer: int, *, moe: bool) -> Iterator[TensorSpec]:
@@ -90,7 +106,7 @@ def _attention(sizes: TinySizes, prefix: str) -> Iterator[TensorSpec]:
     yield _linear(
         f"{prefix}.kv_b_proj", heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), kv_rank
     )
-    yield _linear(f"{prefix}.o_proj", hidden, heads * sizes.v_head_dim)
+    yield _linear(f"{prefix}.o_proj", hidden, heads * sizes.v_head_dim, RESIDUAL_GAIN)
     indexer = f"{prefix}.indexer"
     yield _linear(f"{indexer}.wq_b", sizes.index_n_heads * sizes.index_head_dim, q_rank)
     yield _linear(f"{indexer}.wk", sizes.index_head_dim, hidden)
@@ -103,12 +119,13 @@ def _attention(sizes: TinySizes, prefix: str) -> Iterator[TensorSpec]:
 def _mlp(prefix: str, hidden: int, intermediate: int) -> Iterator[TensorSpec]:
     yield _linear(f"{prefix}.gate_proj", intermediate, hidden)
     yield _linear(f"{prefix}.up_proj", intermediate, hidden)
-    yield _linear(f"{prefix}.down_proj", hidden, intermediate)
+    yield _linear(f"{prefix}.down_proj", hidden, intermediate, RESIDUAL_GAIN)
 
 
-def _linear(name: str, out_features: int, in_features: int) -> TensorSpec:
+def _linear(name: str, out_features: int, in_features: int, gain: float = 1.0) -> TensorSpec:
     # Variance 1 / fan-in keeps the size of activations from layer to layer.
-    return TensorSpec(f"{name}.weight", (out_features, in_features), "linear", in_features**-0.5)
+    std = gain * in_features**-0.5
+    return TensorSpec(f"{name}.weight", (out_features, in_features), "linear", std)
 
 
 def _norm(name: str, size: int) -> TensorSpec:
@@ -137,7 +154,10 @@ def tensor_value(spec: TensorSpec, seed: int) -> np.ndarray:
     The blocks of a "linear" tensor get different magnitudes (1/2, 1 or 2 times), so that a reader
     which applies the wrong block's scale is off by a factor that no test can miss.
     """
-    values = noise(spec.name, spec.shape, seed) * spec.std + spec.center
+    source = spec.copy_of or spec.name
+    values = noise(source, spec.shape, seed) * spec.std + spec.center
+    if source == HEAD:
+        values += HEAD_SIGNAL * follower_head(noise(EMBEDDING, spec.shape, seed))
     if spec.kind == "linear":
         steps = np.clip(np.rint(noise(f"{spec.name}/blocks", spec.scale_shape, seed)), -1, 1)
         gains = np.repeat(np.repeat(np.exp2(steps), BLOCK, axis=0), BLOCK, axis=1)
