@@ -1,0 +1,65 @@
+// Cache-line-aligned memory that asks for huge pages: expert weights are hundreds of megabytes per
+// layer and 4 KiB pages would cost a TLB miss per panel.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "base/error.h"
+
+namespace kt {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(size_t bytes) { reserve(bytes); }
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    if (data_ != nullptr) munmap(data_, bytes_);
+  }
+
+  // Grows to at least `bytes`; the contents are lost when it grows. Pages are touched by whoever
+  // writes them first, which is what places them on that thread's NUMA node.
+  void reserve(size_t bytes) {
+    if (bytes <= bytes_) return;
+    Buffer fresh;
+    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* memory =
+        mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) fail_runtime("out of memory: ", rounded, " bytes were refused");
+    madvise(memory, rounded, MADV_HUGEPAGE);  // advice only: a refusal costs speed, not results
+    fresh.data_ = memory;
+    fresh.bytes_ = rounded;
+    swap(fresh);
+  }
+
+  uint8_t* data() const { return static_cast<uint8_t*>(data_); }
+  size_t bytes() const { return bytes_; }
+
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
+  void swap(Buffer& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+  }
+
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace kt

@@ -1,0 +1,32 @@
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "isa/features.h"
+#include "numa/topology.h"
+#include "targets/dispatch.h"
+
+namespace py = pybind11;
+
+namespace kt {
+
+void bind_machine(py::module_& module) {
+  module.def("targets", [] {
+    std::vector<std::pair<std::string, bool>> list;
+    for (const Target& target : targets())
+      list.emplace_back(target.kernels->name, target.supported);
+    return list;
+  });
+  module.def(
+      "resolve_target", [](const std::string& name) { return std::string(find_target(name).name); },
+      py::arg("name"));
+  module.def("cpu_features", [] { return list_features(); });
+  module.def("cpu_brand", [] { return cpu_features().brand; });
+  module.def("allowed_cpus", [] {
+    std::vector<std::tuple<int, int, int>> list;
+    for (const Cpu& cpu : allowed_cpus()) list.emplace_back(cpu.id, cpu.node, cpu.core_rank);
+    return list;
+  });
+  module.def("choose_cpus", &choose_cpus, py::arg("threads"), py::arg("pools"));
+}
+
+}  // namespace kt

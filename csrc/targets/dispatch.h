@@ -1,0 +1,24 @@
+// Which target runs: implementations as a list in priority order.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "targets/kernels.h"
+
+namespace kt {
+
+struct Target {
+  const Kernels* kernels;
+  bool supported;  // on this machine
+  bool automatic;  // may be chosen without being named
+};
+
+// All targets, best first.
+const std::vector<Target>& targets();
+
+// The target of that name, or the best one for "". Throws std::invalid_argument for a name that is
+// unknown or that this machine cannot run, with the list of those it can.
+const Kernels& find_target(const std::string& name);
+
+}  // namespace kt

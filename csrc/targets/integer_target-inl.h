@@ -1,0 +1,30 @@
+// A target whose activations are int8: everything above its ISA header, and its table.
+// A target file defines KT_TARGET_NAMESPACE, includes its ISA header, then this.
+
+#include "targets/kernels.h"
+
+#include "gemm/quantize-inl.h"
+#include "gemm/panels-inl.h"
+#include "expert/activation-inl.h"
+#include "expert/expert-inl.h"
+
+#define KT_STRING(x) #x
+#define KT_NAME(x) KT_STRING(x)
+
+namespace kt::KT_TARGET_NAMESPACE {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    KT_NAME(KT_TARGET_NAMESPACE),
+    1,
+    prepare_tables,
+    quantize_row<float>,
+    quantize_row<uint16_t>,
+    gate_up<true>,
+    gate_up<false>,
+    down<true>,
+    down<false>,
+    store_bf16,
+};
+
+}  // namespace kt::KT_TARGET_NAMESPACE

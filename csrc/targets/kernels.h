@@ -1,0 +1,75 @@
+// What a target (one ISA) implements: a table of functions over ranges. Plain data and <cstdint>
+// only, because target files are compiled for their ISA and must not instantiate anything that the
+// linker could pick for the rest of the program.
+#pragma once
+
+#include <cstdint>
+
+namespace kt {
+
+// Scale and sum of one quantised activation row: x ~ scale * q. `sum` is the sum of q, which
+// targets that multiply by offset weights (w + 128) subtract 128 times.
+struct RowScale {
+  float scale;
+  int32_t sum;
+};
+
+// One projection of one expert, or one panel of it (layout.h).
+struct Matrix {
+  const uint8_t* codes;
+  const uint8_t* table_index;  // null for int8
+  const float* scales;         // [n]
+  int64_t k;
+  int64_t codes_per_panel;
+  int64_t index_per_panel;
+};
+
+// Activation rows: row r starts at data + r * stride bytes.
+struct Rows {
+  const uint8_t* data;
+  int64_t stride;
+  const RowScale* scales;
+};
+
+// h[i][16 * panel + r] = silu(gate_r . x_i) * (up_r . x_i) for `count` tokens of one expert.
+struct GateUpTask {
+  Matrix gate;
+  Matrix up;
+  const uint8_t* tables;  // prepared by prepare_tables; null for int8
+  int64_t panel;
+  Rows x;
+  const int32_t* tokens;  // [count], row of x of each token
+  int64_t count;
+  float* h;  // [count] rows, h_stride floats apart
+  int64_t h_stride;
+};
+
+// out[tokens[i]][16 * panel + r] += weights[i] * (down_r . h_i) for `count` tokens of one expert,
+// for `panels` consecutive panels from `panel`.
+struct DownTask {
+  Matrix down;
+  const uint8_t* tables;
+  int64_t panel;
+  int64_t panels;
+  Rows h;                 // rows 0..count-1
+  const int32_t* tokens;  // [count], row of out
+  const float* weights;   // [count], routing weight
+  int64_t count;
+  float* out;  // rows out_stride floats apart
+  int64_t out_stride;
+};
+
+struct Kernels {
+  const char* name;
+  int activation_bytes;  // bytes of one quantised activation: 1, or 4 in the reference target
+  void (*prepare_tables)(const int8_t* tables, uint8_t* prepared);  // both [256][16]
+  void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
+  void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);
+  void (*gate_up_int4)(const GateUpTask&);
+  void (*gate_up_int8)(const GateUpTask&);
+  void (*down_int4)(const DownTask&);
+  void (*down_int8)(const DownTask&);
+  void (*store_bf16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
+};
+
+}  // namespace kt

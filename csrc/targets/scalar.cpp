@@ -1,0 +1,3 @@
+#define KT_TARGET_NAMESPACE scalar
+#include "isa/scalar.h"
+#include "targets/integer_target-inl.h"

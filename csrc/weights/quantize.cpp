@@ -1,0 +1,201 @@
+#include "weights/quantize.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "weights/source.h"
+
+namespace kt {
+namespace {
+
+constexpr int8_t kInt4Tables[kNumTables][kTableLevels] = {
+#include "weights/int4_tables.inc"
+};
+
+// Row normalisation of both methods: the largest weight of a row becomes +-127.
+float absmax(const float* row, int64_t k) {
+  float top = 0.0f;
+  for (int64_t i = 0; i < k; ++i) top = std::max(top, std::fabs(row[i]));
+  return top;
+}
+
+// ---- int4
+// ----------------------------------------------------------------------------------------
+//
+// A normalised weight falls into one of kBins bins; kErrors[bin][table] is the squared error of
+// that bin's centre under each table's nearest level. A block's error under all 256 tables is then
+// a sum of 64 rows, and the smallest names its table. Exhaustive over tables, and only float adds
+// in a fixed order for each table, so the choice is the same on every ISA.
+
+constexpr int kBins = 1024;
+
+// Finer near zero, where the levels of small-scale tables are close: bin = 512 + 512 sign
+// sqrt|x/127|.
+int bin_of(float x) {
+  const float root = std::sqrt(std::fabs(x) * (1.0f / 127.0f));
+  const int offset = std::min(511, static_cast<int>(root * 512.0f));
+  return x < 0.0f ? 511 - offset : 512 + offset;
+}
+
+float bin_centre(int bin) {
+  const int offset = bin < 512 ? 511 - bin : bin - 512;
+  const float root = (static_cast<float>(offset) + 0.5f) / 512.0f;
+  const float x = root * root * 127.0f;
+  return bin < 512 ? -x : x;
+}
+
+struct TableSearch {
+  using Errors = std::array<std::array<float, kNumTables>, kBins>;
+  std::unique_ptr<Errors> errors = std::make_unique<Errors>();
+  // Midpoints between the ascending levels of each table.
+  float thresholds[kNumTables][kTableLevels - 1];
+
+  TableSearch() {
+    for (int t = 0; t < kNumTables; ++t)
+      for (int l = 0; l + 1 < kTableLevels; ++l)
+        thresholds[t][l] = 0.5f * static_cast<float>(kInt4Tables[t][l] + kInt4Tables[t][l + 1]);
+    for (int bin = 0; bin < kBins; ++bin) {
+      const float x = bin_centre(bin);
+      for (int t = 0; t < kNumTables; ++t) {
+        const float d = x - static_cast<float>(kInt4Tables[t][nearest(t, x)]);
+        (*errors)[bin][t] = d * d;
+      }
+    }
+  }
+
+  int nearest(int table, float x) const {
+    int level = 0;
+    for (int l = 0; l < kTableLevels - 1; ++l) level += x > thresholds[table][l];
+    return level;
+  }
+};
+
+const TableSearch& table_search() {
+  static const TableSearch search;
+  return search;
+}
+
+// The table with the least error for 64 normalised weights.
+int best_table(const TableSearch& search, const float (&block)[kBlockRows * kBlockK]) {
+  float total[kNumTables] = {};
+  for (float x : block) {
+    const float* errors = (*search.errors)[bin_of(x)].data();
+    for (int t = 0; t < kNumTables; ++t) total[t] += errors[t];
+  }
+  return static_cast<int>(std::min_element(total, total + kNumTables) - total);
+}
+
+// rows[4] are normalised; writes the lane's index bytes and nibbles of one panel, and adds each
+// row's w*q and q*q products for the least-squares scale.
+void encode_lane(const TableSearch& search, const float* const (&rows)[kBlockRows], int64_t k,
+                 int lane, uint8_t* codes, uint8_t* index, double (&wq)[kBlockRows],
+                 double (&qq)[kBlockRows]) {
+  for (int64_t b = 0; b < k / kBlockK; ++b) {
+    float block[kBlockRows * kBlockK];
+    for (int r = 0; r < kBlockRows; ++r)
+      std::copy_n(rows[r] + b * kBlockK, kBlockK, block + r * kBlockK);
+    const int table = best_table(search, block);
+    index[4 * b + lane] = static_cast<uint8_t>(table);
+    for (int r = 0; r < kBlockRows; ++r) {
+      for (int j = 0; j < kBlockK; ++j) {
+        const float x = block[r * kBlockK + j];
+        const int code = search.nearest(table, x);
+        const double q = kInt4Tables[table][code];
+        wq[r] += x * q;
+        qq[r] += q * q;
+        // 8 k share 64 bytes: the first four in the low nibbles, the others in the high ones.
+        uint8_t& byte = codes[(b * 2 + j / 8) * 64 + 16 * lane + 4 * r + j % 4];
+        byte |= static_cast<uint8_t>(code << (j % 8 < 4 ? 0 : 4));
+      }
+    }
+  }
+}
+
+void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
+                   const PackedProjection& out) {
+  const TableSearch& search = table_search();
+  std::vector<float> rows(kBlockRows * layout.k);
+  std::memset(out.codes, 0, layout.codes_bytes());
+  for (int64_t first = 0; first < layout.n; first += kBlockRows) {
+    const float* normalised[kBlockRows];
+    float top[kBlockRows];
+    for (int r = 0; r < kBlockRows; ++r) {
+      float* row = rows.data() + r * layout.k;
+      read_source_row(source, first + r, row);
+      top[r] = absmax(row, layout.k);
+      const float inverse = top[r] > 0.0f ? 127.0f / top[r] : 0.0f;
+      for (int64_t i = 0; i < layout.k; ++i) row[i] *= inverse;
+      normalised[r] = row;
+    }
+    const int64_t panel = first / kPanelRows;
+    double wq[kBlockRows] = {}, qq[kBlockRows] = {};
+    encode_lane(search, normalised, layout.k, static_cast<int>(first % kPanelRows / kBlockRows),
+                out.codes + panel * layout.codes_per_panel(),
+                out.table_index + panel * layout.index_per_panel(), wq, qq);
+    // Given the codes, the scale that minimises |w - scale q|^2 is <w, q> / <q, q>.
+    for (int r = 0; r < kBlockRows; ++r) {
+      const double fit = qq[r] > 0.0 ? wq[r] / qq[r] : 1.0;
+      out.scales[first + r] = static_cast<float>(top[r] / 127.0 * fit);
+    }
+  }
+}
+
+// ---- int8
+// ----------------------------------------------------------------------------------------
+
+void quantize_int8(const SourceMatrix& source, const ProjectionLayout& layout,
+                   const PackedProjection& out) {
+  std::vector<float> row(layout.k);
+  for (int64_t n = 0; n < layout.n; ++n) {
+    read_source_row(source, n, row.data());
+    const float top = absmax(row.data(), layout.k);
+    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    uint8_t* codes = out.codes + n / kPanelRows * layout.codes_per_panel() + n % kPanelRows * 4;
+    for (int64_t i = 0; i < layout.k; ++i) {
+      const auto q = static_cast<int8_t>(std::nearbyint(row[i] * inverse));
+      codes[i / 4 * 64 + i % 4] = static_cast<uint8_t>(q);
+    }
+    out.scales[n] = top / 127.0f;
+  }
+}
+
+}  // namespace
+
+const int8_t (&int4_tables()) [kNumTables][kTableLevels] { return kInt4Tables; }
+
+void quantize_projection(const SourceMatrix& source, Method method, const PackedProjection& out) {
+  const ProjectionLayout layout{source.n, source.k, method};
+  if (method == Method::kInt4) {
+    quantize_int4(source, layout, out);
+  } else {
+    quantize_int8(source, layout, out);
+  }
+}
+
+void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,
+                           const uint8_t* table_index, const float* scales, const int8_t* tables,
+                           float* weights) {
+  for (int64_t n = 0; n < layout.n; ++n) {
+    const int64_t panel = n / kPanelRows;
+    const int64_t row = n % kPanelRows;
+    const uint8_t* panel_codes = codes + panel * layout.codes_per_panel();
+    const uint8_t* panel_index = table_index + panel * layout.index_per_panel();
+    for (int64_t i = 0; i < layout.k; ++i) {
+      int level;
+      if (layout.method == Method::kInt4) {
+        const uint8_t byte = panel_codes[i / 8 * 64 + row * 4 + i % 4];
+        const int code = i % 8 < 4 ? byte & 15 : byte >> 4;
+        level = tables[panel_index[i / kBlockK * 4 + row / kBlockRows] * kTableLevels + code];
+      } else {
+        level = static_cast<int8_t>(panel_codes[i / 4 * 64 + row * 4 + i % 4]);
+      }
+      weights[n * layout.k + i] = static_cast<float>(level) * scales[n];
+    }
+  }
+}
+
+}  // namespace kt

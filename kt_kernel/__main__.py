@@ -1,0 +1,58 @@
+"""``python -m kt_kernel``: what would run on this machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections import defaultdict
+
+import kt_kernel
+from kt_kernel import _ext
+from kt_kernel.engine import target_name
+from kt_kernel.errors import UserError
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _nodes() -> str:
+    nodes: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for cpu, node, rank in _ext.allowed_cpus():
+        nodes[node].append((cpu, rank))
+    parts = []
+    for node, cpus in sorted(nodes.items()):
+        cores = sum(rank == 0 for _, rank in cpus)
+        parts.append(f"node {node}: {cores} cores, {len(cpus)} CPUs")
+    return "; ".join(parts)
+
+
+def main() -> int:
+    """Print target, CPU features, NUMA nodes and versions; 2 when ``KT_TARGET`` is wrong."""
+    try:
+        target = target_name()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = {
+        "target": target,
+        "targets supported": " ".join(name for name, supported in _ext.targets() if supported),
+        "CPU": _ext.cpu_brand(),
+        "features": " ".join(name for name, present in _ext.cpu_features() if present),
+        "NUMA (usable)": _nodes(),
+        "kt_kernel": kt_kernel.__version__,
+        "sglang": _version("sglang"),
+        "torch": _version("torch"),
+        "Python": platform.python_version(),
+    }
+    for name, value in rows.items():
+        print(f"{name + ':':<20}{value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

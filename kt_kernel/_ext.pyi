@@ -1,0 +1,99 @@
+"""Python signatures of the extension (csrc/bindings)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+def targets() -> list[tuple[str, bool]]:
+    """(name, whether this CPU runs it), best first."""
+
+def resolve_target(name: str) -> str:
+    """``name``, or the best automatic target for ``""``.
+
+    Raises:
+        ValueError: unknown, or not supported by this CPU.
+    """
+
+def cpu_features() -> list[tuple[str, bool]]: ...
+def cpu_brand() -> str: ...
+def allowed_cpus() -> list[tuple[int, int, int]]:
+    """(CPU id, NUMA node, rank among the hyperthreads of its core)."""
+
+def choose_cpus(threads: int, pools: int) -> list[int]: ...
+def codes_shape(n: int, k: int, method: str) -> list[int]: ...
+def quantize_projection(
+    weight: NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32],
+    dtype: str,
+    scale_inv: NDArray[np.float32] | None,
+    method: str,
+) -> dict[str, NDArray]:
+    """Pack one projection [N, K] of one expert; single-threaded, releases the GIL.
+
+    Args:
+        weight: the checkpoint's bits, C-contiguous.
+        dtype: ``"fp8_e4m3"``, ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        scale_inv: for FP8, [ceil(N / 128), ceil(K / 128)].
+        method: ``"int4"`` or ``"int8"``.
+
+    Returns:
+        ``codes``, ``scales`` and, for int4, ``table_index``, shaped as in docs/weight-format.md
+        without the expert dimension; int8 codes as uint8 bits.
+
+    Raises:
+        ValueError: a shape that cannot be packed, or a weight that is not finite.
+    """
+
+def dequantize_projection(
+    codes: NDArray[np.uint8],
+    scales: NDArray[np.float32],
+    table_index: NDArray[np.uint8] | None,
+    tables: NDArray[np.int8] | None,
+    n: int,
+    k: int,
+    method: str,
+) -> NDArray[np.float32]:
+    """The [N, K] weights that a packed projection stands for."""
+
+def int4_tables() -> NDArray[np.int8]:
+    """The [256, 16] levels that new int4 weights are encoded with."""
+
+class Job:
+    def wait(self) -> None:
+        """Wait for the end; raises what a worker threw."""
+
+class Engine:
+    def __init__(self, cpus: list[int], target: str) -> None: ...
+    @property
+    def target(self) -> str: ...
+    @property
+    def cpus(self) -> list[int]: ...
+
+class Layer:
+    def __init__(
+        self,
+        engine: Engine,
+        num_experts: int,
+        top_k: int,
+        hidden_size: int,
+        intermediate_size: int,
+        method: str,
+    ) -> None: ...
+    def load_file(
+        self,
+        path: str,
+        offsets: list[list[int]],
+        tables: NDArray[np.int8] | None,
+        source: list[int],
+    ) -> None: ...
+    def load_matrices(self, addresses: list[int], dtype: str, source: list[int]) -> None: ...
+    def submit(
+        self,
+        x: int,
+        dtype: str,
+        tokens: int,
+        ids: int,
+        weights: int,
+        on_gpu: int,
+        out: int,
+    ) -> Job: ...
+    @property
+    def weight_bytes(self) -> int: ...

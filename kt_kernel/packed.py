@@ -1,0 +1,243 @@
+"""The packed weight format: names, shapes and headers of its files.
+
+One safetensors file per MoE layer plus ``manifest.json``. Written by ``convert``, read by
+:class:`kt_kernel.KTMoEWrapper`, the same on every ISA, thread count and NUMA count.
+``docs/weight-format.md`` describes it byte by byte; this module is the only place in Python that
+knows the layout.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from kt_kernel.errors import UserError
+
+FORMAT_NAME = "kt-kernel-packed"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+METHODS = ("int4", "int8")
+#: ``--kt-method`` of SGLang -> quantisation method of the packed files.
+KT_METHODS = {"AMXINT4": "int4", "AMXINT8": "int8"}
+PROJECTIONS = ("gate", "up", "down")
+
+PANEL_ROWS = 16  # output rows that share one panel: the lanes of a 512-bit int32 accumulator
+BLOCK_ROWS = 4  # rows of a table block: a 16-byte lane holds 4 rows x 4 k
+BLOCK_K = 16  # k extent of a table block: 4 rows x 16 k share one table
+DIM_MULTIPLE = 64  # hidden and intermediate size: one AMX tile of k, and whole table blocks
+NUM_TABLES = 256
+TABLE_LEVELS = 16
+DATA_ALIGNMENT = 64  # bytes; a cache line, so that panels never straddle one
+
+_DTYPE_BYTES = {"U8": 1, "I8": 1, "F32": 4}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Safetensors dtype name and shape of one tensor of a layer file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        size = _DTYPE_BYTES[self.dtype]
+        for extent in self.shape:
+            size *= extent
+        return size
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """What the layer file of one MoE layer holds.
+
+    Args:
+        num_experts: routed experts of the layer, all of them are stored.
+        hidden_size: model width H; multiple of 64.
+        intermediate_size: width I of one expert; multiple of 64.
+        method: ``"int4"`` or ``"int8"``.
+
+    Raises:
+        UserError: an unknown method or a dimension that the format cannot hold.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    method: str
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(
+                f"unknown quantisation method {self.method!r}: expected one of {', '.join(METHODS)}"
+            )
+        if self.num_experts < 1:
+            raise UserError(f"number of experts is {self.num_experts}: expected at least 1")
+        for name in ("hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if value < DIM_MULTIPLE or value % DIM_MULTIPLE:
+                raise UserError(
+                    f"{name} is {value}: expected a positive multiple of {DIM_MULTIPLE}, the "
+                    f"block size of the packed format; this model cannot be packed"
+                )
+
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """(rows N, columns K) of one expert's ``gate``, ``up`` [I, H] or ``down`` [H, I]."""
+        if projection == "down":
+            return self.hidden_size, self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor of the file, in file order; the first dimension is the expert."""
+        specs: dict[str, TensorSpec] = {}
+        e = self.num_experts
+        for name in PROJECTIONS:
+            n, k = self.projection_shape(name)
+            panels = n // PANEL_ROWS
+            if self.method == "int4":
+                specs[f"{name}.codes"] = TensorSpec("U8", (e, panels, k // 8, 64))
+                specs[f"{name}.table_index"] = TensorSpec("U8", (e, panels, k // BLOCK_K, 4))
+            else:
+                specs[f"{name}.codes"] = TensorSpec("I8", (e, panels, k // 4, 64))
+            specs[f"{name}.scales"] = TensorSpec("F32", (e, n))
+        if self.method == "int4":
+            specs["tables"] = TensorSpec("I8", (NUM_TABLES, TABLE_LEVELS))
+        return specs
+
+    @property
+    def num_weights(self) -> int:
+        """Weights that the file stands for: 3 projections of every expert."""
+        return 3 * self.num_experts * self.hidden_size * self.intermediate_size
+
+    def bits_per_weight(self) -> float:
+        """Bits stored per weight, scales and table indices included."""
+        return 8 * sum(spec.nbytes for spec in self.tensors().values()) / self.num_weights
+
+    def metadata(self, layer_idx: int) -> dict[str, str]:
+        """The metadata that identifies a layer file; a writer may add keys of its own."""
+        meta = {
+            "format": FORMAT_NAME,
+            "format_version": str(FORMAT_VERSION),
+            "method": self.method,
+            "layer_idx": str(layer_idx),
+            "num_experts": str(self.num_experts),
+            "hidden_size": str(self.hidden_size),
+            "intermediate_size": str(self.intermediate_size),
+        }
+        if self.method == "int4":
+            meta["block"] = f"{BLOCK_ROWS}x{BLOCK_K}"
+        return meta
+
+
+def layer_file_name(layer_idx: int) -> str:
+    """File name of a layer, ``layer-003.safetensors`` for layer 3."""
+    return f"layer-{layer_idx:03d}.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies in a file: ``begin``/``end`` are absolute byte offsets."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A parsed safetensors header."""
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, TensorEntry]
+    data_start: int
+    file_size: int
+
+
+def read_header(path: str | Path) -> Header:
+    """Parse a safetensors header without reading tensor data.
+
+    The format: 8 bytes little-endian header size, that many bytes of JSON, then the data.
+
+    Raises:
+        UserError: the file is missing, truncated or not safetensors.
+    """
+    path = Path(path)
+    try:
+        file_size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise UserError(
+                    f"{path} is truncated: {file_size} bytes hold no safetensors header"
+                )
+            (length,) = struct.unpack("<Q", prefix)
+            if length > file_size - 8:
+                raise UserError(
+                    f"{path} is truncated or not a safetensors file: its header claims {length} "
+                    f"bytes, the file has {file_size}"
+                )
+            raw = json.loads(file.read(length))
+        metadata = {str(k): str(v) for k, v in raw.pop("__metadata__", {}).items()}
+        data_start = 8 + length
+        tensors = {}
+        for name, entry in raw.items():
+            begin, end = entry["data_offsets"]
+            tensors[name] = TensorEntry(
+                entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end
+            )
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a safetensors file: its header is not valid") from None
+    needed = max((entry.end for entry in tensors.values()), default=data_start)
+    if file_size < needed:
+        raise UserError(
+            f"{path} is truncated: expected {needed} bytes, found {file_size}; make the file again"
+        )
+    return Header(path, metadata, tensors, data_start, file_size)
+
+
+def check_layer_header(header: Header, layout: PackedLayout, layer_idx: int) -> None:
+    """Check that a layer file is the one that ``layout`` and ``layer_idx`` describe.
+
+    Raises:
+        UserError: names the file, the value found and the value expected.
+    """
+    found_format = header.metadata.get("format")
+    if found_format != FORMAT_NAME:
+        raise UserError(
+            f"{header.path} is not a packed expert file (format {found_format!r}, expected "
+            f"{FORMAT_NAME!r}): make it with python -m convert"
+        )
+    for key, expected in layout.metadata(layer_idx).items():
+        found = header.metadata.get(key)
+        if found == expected:
+            continue
+        if key == "method":
+            hint = "set --kt-method to AMX" + str(found).upper() + " or convert with that method"
+        elif key == "format_version":
+            hint = "convert again with this version"
+        else:
+            hint = "these are weights of another model; convert this one"
+        raise UserError(f"{header.path} has {key} {found}, expected {expected}: {hint}")
+    for name, spec in layout.tensors().items():
+        entry = header.tensors.get(name)
+        if entry is None:
+            raise UserError(f"{header.path} has no tensor {name}: convert this layer again")
+        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            raise UserError(
+                f"{header.path}: tensor {name} is {entry.dtype} {list(entry.shape)}, expected "
+                f"{spec.dtype} {list(spec.shape)}: convert this layer again"
+            )
+        if entry.end - entry.begin != spec.nbytes:
+            raise UserError(
+                f"{header.path}: tensor {name} spans {entry.end - entry.begin} bytes, expected "
+                f"{spec.nbytes}: convert this layer again"
+            )

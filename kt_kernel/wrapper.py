@@ -1,0 +1,381 @@
+"""``KTMoEWrapper``: one MoE layer's routed experts on the CPU, as SGLang calls them.
+
+The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of the upstream fork
+(``gpu_experts_mask``); ``tests/contract`` binds the published ones to these signatures.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from kt_kernel import _ext, packed
+from kt_kernel.engine import shared_engine
+from kt_kernel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+class _Pending(NamedTuple):
+    """A submitted call: its job and the tensors that the job writes to."""
+
+    job: _ext.Job
+    output: torch.Tensor
+
+
+class _CudaCall(NamedTuple):
+    """A call whose inputs are on their way from a CUDA device."""
+
+    copied: torch.cuda.Event
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class KTMoEWrapper:
+    """Routed experts of one MoE layer, computed on the CPU.
+
+    Args:
+        layer_idx: index of the decoder layer; names the weight file.
+        num_experts: routed experts E of the layer.
+        num_experts_per_tok: top-k.
+        hidden_size: H, a multiple of 64.
+        moe_intermediate_size: I of one expert, a multiple of 64.
+        num_gpu_experts: experts ``0 .. num_gpu_experts - 1`` run on the GPU (stock SGLang).
+        gpu_experts_mask: bool [E], true for experts on the GPU (the fork); not with
+            ``num_gpu_experts``. May be changed in place between calls.
+        cpuinfer_threads: worker threads, at most the CPUs this process may use.
+        threadpool_count: groups that the threads are spread over, one for each NUMA node.
+        weight_path: folder written by ``python -m convert``; not needed for
+            ``load_weights_from_tensors``.
+        chunked_prefill_size: the largest number of tokens SGLang will submit; larger calls work.
+        method: ``"AMXINT4"`` or ``"AMXINT8"``: the format of the weights. The instructions used are
+            the best this CPU has.
+        max_deferred_experts_per_token: accepted; every expert runs at once, which is exact where
+            deferral is an approximation.
+        numa_nodes, cpu_save: accepted for the fork and not needed.
+        mode: ``"inference"``.
+        swiglu_limit, swiglu_alpha: 0.0; V3.2 has neither.
+
+    Raises:
+        UserError: an argument out of range, or weights of another layer, model or method.
+    """
+
+    _capture_batch_sizes: tuple[int, ...] = ()
+    _deferral_reported = False
+
+    def __init__(
+        self,
+        layer_idx: int,
+        num_experts: int,
+        num_experts_per_tok: int,
+        hidden_size: int,
+        moe_intermediate_size: int,
+        num_gpu_experts: int | None = None,
+        cpuinfer_threads: int = 1,
+        threadpool_count: int = 1,
+        weight_path: str | None = None,
+        chunked_prefill_size: int | None = None,
+        method: str = "AMXINT4",
+        max_deferred_experts_per_token: int | None = None,
+        gpu_experts_mask: torch.Tensor | None = None,
+        numa_nodes: Sequence[int] | None = None,
+        cpu_save: bool = False,
+        mode: str = "inference",
+        swiglu_limit: float = 0.0,
+        swiglu_alpha: float = 0.0,
+    ) -> None:
+        if method not in packed.KT_METHODS:
+            raise UserError(
+                f"method (--kt-method) is {method!r}: expected one of "
+                f"{', '.join(packed.KT_METHODS)}"
+            )
+        if mode != "inference":
+            raise UserError(f"mode is {mode!r}: expected 'inference', the only one there is")
+        if swiglu_limit or swiglu_alpha:
+            raise UserError(
+                f"swiglu_limit {swiglu_limit} and swiglu_alpha {swiglu_alpha}: expected 0, a "
+                "clamped or scaled SwiGLU is not supported"
+            )
+        self.layer_idx = layer_idx
+        self.method = method
+        self.weight_path = weight_path
+        self._layout = packed.PackedLayout(
+            num_experts, hidden_size, moe_intermediate_size, packed.KT_METHODS[method]
+        )
+        #: bool [E] on the CPU; true for experts that the GPU runs.
+        self.gpu_experts_mask = _gpu_mask(num_experts, num_gpu_experts, gpu_experts_mask)
+        # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang never
+        # does, so there the GPU's experts need no memory here.
+        self._mask_may_change = gpu_experts_mask is not None
+        if max_deferred_experts_per_token and not KTMoEWrapper._deferral_reported:
+            KTMoEWrapper._deferral_reported = True
+            logger.warning(
+                "kt_kernel: max_deferred_experts_per_token is %d; every expert runs at once",
+                max_deferred_experts_per_token,
+            )
+        self._top_k = num_experts_per_tok
+        self._layer = _ext.Layer(
+            shared_engine(cpuinfer_threads, threadpool_count),
+            num_experts,
+            num_experts_per_tok,
+            hidden_size,
+            moe_intermediate_size,
+            self._layout.method,
+        )
+        self._pending: _Pending | _CudaCall | None = None
+
+    # ---- weights ---------------------------------------------------------------------------------
+
+    def load_weights(self, physical_to_logical_map_cpu: torch.Tensor) -> None:
+        """Read the layer's packed file from ``weight_path``.
+
+        Args:
+            physical_to_logical_map_cpu: int64 [E]; slot ``p`` gets the checkpoint's expert
+                ``map[p]``.
+
+        Raises:
+            UserError: no file, or one of another layer, model or method, or a damaged one.
+        """
+        if self.weight_path is None:
+            raise UserError("weight_path is not set: pass --kt-weight-path")
+        path = Path(self.weight_path) / packed.layer_file_name(self.layer_idx)
+        if not path.parent.is_dir():
+            raise UserError(
+                f"weight path {path.parent} does not exist: run python -m convert first"
+            )
+        header = packed.read_header(path)
+        packed.check_layer_header(header, self._layout, self.layer_idx)
+        tables = None
+        if "tables" in header.tensors:
+            entry = header.tensors["tables"]
+            shape = (packed.NUM_TABLES, packed.TABLE_LEVELS)
+            tables = np.fromfile(path, np.int8, entry.end - entry.begin, offset=entry.begin)
+            tables = tables.reshape(shape)
+
+        def offset(name: str) -> int:
+            return header.tensors[name].begin if name in header.tensors else 0
+
+        offsets = [
+            [offset(f"{name}.{part}") for part in ("codes", "table_index", "scales")]
+            for name in packed.PROJECTIONS
+        ]
+        self._layer.load_file(
+            str(path), offsets, tables, self._sources(physical_to_logical_map_cpu)
+        )
+
+    def load_weights_from_tensors(
+        self,
+        gate_proj: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        physical_to_logical_map_cpu: torch.Tensor,
+    ) -> None:
+        """Quantise the layer from unquantised tensors; ``weight_path`` is not used.
+
+        Args:
+            gate_proj, up_proj: bf16 (or fp16, fp32) [E, I, H].
+            down_proj: the same dtype, [E, H, I].
+            physical_to_logical_map_cpu: int64 [E], as for ``load_weights``.
+
+        Raises:
+            UserError: a wrong shape or dtype, or a weight that is not finite.
+        """
+        tensors = (gate_proj, up_proj, down_proj)
+        dtype = gate_proj.dtype
+        if dtype not in _SOURCE_DTYPES:
+            raise UserError(f"gate_proj is {dtype}: expected bfloat16, float16 or float32")
+        for name, tensor in zip(packed.PROJECTIONS, tensors, strict=True):
+            shape = (self._layout.num_experts, *self._layout.projection_shape(name))
+            _check_tensor(f"{name}_proj", tensor, shape, (dtype,))
+        held = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
+        addresses = [tensor.data_ptr() for tensor in held]
+        sources = self._sources(physical_to_logical_map_cpu)
+        try:
+            self._layer.load_matrices(addresses, _SOURCE_DTYPES[dtype], sources)
+        except ValueError as error:
+            raise UserError(f"layer {self.layer_idx}: {error}") from None
+
+    def _sources(self, physical_to_logical: torch.Tensor) -> list[int]:
+        """Expert of the file for each slot, -1 for a slot that never runs on the CPU."""
+        count = self._layout.num_experts
+        sources = physical_to_logical.tolist()
+        if len(sources) != count or not all(0 <= s < count for s in sources):
+            raise UserError(
+                f"physical_to_logical_map has {len(sources)} entries in "
+                f"[{min(sources, default=0)}, {max(sources, default=0)}]: expected {count} in "
+                f"[0, {count - 1}]"
+            )
+        if self._mask_may_change:
+            return sources
+        return [-1 if gpu else s for s, gpu in zip(sources, self.gpu_experts_mask, strict=True)]
+
+    # ---- the call --------------------------------------------------------------------------------
+
+    def submit_forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int = 0,
+    ) -> None:
+        """Start the CPU experts for a batch and return without waiting.
+
+        The inputs are copied before this returns (on CUDA: on ``cuda_stream``), since SGLang
+        overwrites them.
+
+        Args:
+            hidden_states: bf16 or fp32 [T, H].
+            topk_ids: int32 or int64 [T, k]; -1 is padding, ids of GPU experts are skipped.
+            topk_weights: fp32 [T, k].
+            cuda_stream: raw handle of the current CUDA stream; 0 on the CPU.
+
+        Raises:
+            UserError: a wrong shape or dtype, an id out of range, or a call that is still pending.
+        """
+        if self._pending is not None:
+            raise UserError(
+                f"layer {self.layer_idx}: submit_forward without sync_forward before it"
+            )
+        tokens = hidden_states.shape[0]
+        _check_tensor(
+            "hidden_states",
+            hidden_states,
+            (tokens, self._layout.hidden_size),
+            tuple(_ACTIVATION_DTYPES),
+        )
+        routing = (tokens, self._top_k)
+        _check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
+        _check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
+        if hidden_states.is_cuda:
+            self._pending = _copy_from_cuda(hidden_states, topk_ids, topk_weights)
+        else:
+            self._pending = self._submit(hidden_states, topk_ids, topk_weights)
+
+    def sync_forward(self, hidden_states: torch.Tensor, cuda_stream: int = 0) -> torch.Tensor:
+        """Wait for the call and return its result.
+
+        Args:
+            hidden_states: only its device is used; its contents may have changed.
+            cuda_stream: raw handle of the current CUDA stream; 0 on the CPU.
+
+        Returns:
+            [T, H] in the dtype and on the device of the submitted hidden states: the sum over the
+            CPU's experts of routing weight times expert, ``routed_scaling_factor`` not applied.
+
+        Raises:
+            UserError: nothing was submitted.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            raise UserError(f"layer {self.layer_idx}: sync_forward without submit_forward")
+        if isinstance(pending, _CudaCall):
+            pending.copied.synchronize()
+            pending = self._submit(pending.x, pending.ids, pending.weights)
+            pending.job.wait()
+            return pending.output.to(hidden_states.device)
+        pending.job.wait()
+        return pending.output
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        cuda_stream: int = 0,
+    ) -> torch.Tensor:
+        """``submit_forward`` and ``sync_forward`` in one."""
+        self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
+        return self.sync_forward(hidden_states, cuda_stream)
+
+    def _submit(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> _Pending:
+        x = hidden_states.contiguous()
+        ids = topk_ids.to(torch.int32).contiguous()
+        weights = topk_weights.contiguous()
+        output = torch.empty_like(x)
+        try:
+            job = self._layer.submit(
+                x.data_ptr(),
+                _ACTIVATION_DTYPES[x.dtype],
+                x.shape[0],
+                ids.data_ptr(),
+                weights.data_ptr(),
+                self.gpu_experts_mask.data_ptr(),
+                output.data_ptr(),
+            )
+        except ValueError as error:
+            raise UserError(f"layer {self.layer_idx}: {error}") from None
+        return _Pending(job, output)
+
+    # ---- statics that SGLang and the fork call ---------------------------------------------------
+
+    @staticmethod
+    def set_capture_batch_sizes(capture_bs: Sequence[int]) -> None:
+        """Remember the decode batch sizes that SGLang will capture CUDA graphs for."""
+        KTMoEWrapper._capture_batch_sizes = tuple(capture_bs)
+
+    @staticmethod
+    def get_capture_batch_sizes() -> list[int]:
+        """The sizes given to ``set_capture_batch_sizes``."""
+        return list(KTMoEWrapper._capture_batch_sizes)
+
+    @staticmethod
+    def clear_buffer_cache() -> None:
+        """Forget the capture sizes; buffers belong to the engine and are reused."""
+        KTMoEWrapper._capture_batch_sizes = ()
+
+
+def _gpu_mask(
+    num_experts: int, num_gpu_experts: int | None, mask: torch.Tensor | None
+) -> torch.Tensor:
+    if mask is not None:
+        if num_gpu_experts:
+            raise UserError("both num_gpu_experts and gpu_experts_mask are given: expected one")
+        _check_tensor("gpu_experts_mask", mask, (num_experts,), (torch.bool,))
+        return mask.detach().to("cpu", copy=True).contiguous()
+    count = num_gpu_experts or 0
+    if not 0 <= count <= num_experts:
+        raise UserError(
+            f"num_gpu_experts (--kt-num-gpu-experts) is {count}: expected 0 to {num_experts}"
+        )
+    return torch.arange(num_experts) < count
+
+
+def _check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]
+) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise UserError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "
+            f"{' or '.join(str(d) for d in dtypes)} {list(shape)}"
+        )
+
+
+def _copy_from_cuda(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> _CudaCall:
+    """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
+    if torch.cuda.is_current_stream_capturing():
+        raise UserError(
+            "a CUDA graph is being captured, which this version does not support: start SGLang "
+            "with --disable-cuda-graph --disable-prefill-cuda-graph"
+        )
+
+    def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    x, ids, weights = (to_pinned(t) for t in (hidden_states, topk_ids, topk_weights))
+    copied = torch.cuda.Event()
+    copied.record()
+    return _CudaCall(copied, x, ids, weights)
