@@ -1,0 +1,24 @@
+"""SGLang plugin: stock SGLang with kt_kernel's experts, with and without a GPU.
+
+SGLang calls :func:`register` in every process it starts (entry point group
+``sglang.srt.plugins``). The launcher calls :func:`launch_environment` before it
+starts SGLang. Importing this package imports neither torch nor SGLang.
+"""
+
+from kt_kernel.sglang_plugin.device import detect_device, launch_environment
+
+__all__ = ["detect_device", "launch_environment", "register"]
+
+
+def register() -> None:
+    """Register our hooks with SGLang; end the process when that is impossible.
+
+    SGLang logs and swallows any ``Exception`` a plugin raises and then serves
+    without it, so every failure here ends in ``SystemExit`` (status 2).
+    """
+    from kt_kernel.sglang_plugin.refusal import refusing_to_serve
+
+    with refusing_to_serve("could not register the kt_kernel plugin"):
+        from kt_kernel.sglang_plugin import hooks
+
+        hooks.install()

@@ -1,0 +1,75 @@
+"""Refuse to serve when --kt-* flags are given but the experts do not run in kt_kernel."""
+
+import importlib
+from typing import Any
+
+from kt_kernel.errors import UserError
+from kt_kernel.sglang_plugin.refusal import refusing_to_serve, sglang_version
+
+# Values of stock SGLang's --kt-* flags when they are not given.
+KT_FLAG_DEFAULTS = {
+    "kt_weight_path": None,
+    "kt_method": "AMXINT4",
+    "kt_cpuinfer": None,
+    "kt_threadpool_count": 2,
+    "kt_num_gpu_experts": None,
+    "kt_max_deferred_experts_per_token": None,
+}
+REQUIRED_KT_FLAGS = ("kt_weight_path", "kt_cpuinfer", "kt_num_gpu_experts")
+
+
+def check_kt_flags(result: None, server_args: Any) -> None:
+    """After ``ServerArgs.check_server_args``, in the main process."""
+    with refusing_to_serve("could not check the --kt-* flags"):
+        given = {
+            name
+            for name, default in KT_FLAG_DEFAULTS.items()
+            if getattr(server_args, name) != default
+        }
+        if not given:
+            return
+        missing = [_flag(name) for name in REQUIRED_KT_FLAGS if name not in given]
+        if missing:
+            raise UserError(
+                f"{', '.join(_flag(name) for name in sorted(given))} given without "
+                f"{' and '.join(missing)}: SGLang would not run the experts in kt_kernel; "
+                f"add {' and '.join(missing)}"
+            )
+        _check_available()
+
+
+def check_kt_is_in_use(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
+    """After ``ModelRunner.load_model``: every MoE layer must run through kt_kernel."""
+    if runner.server_args.kt_weight_path is None or runner.is_draft_worker:
+        return
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.kt_ep_wrapper import KTEPWrapperMethod
+
+    layers = [module for module in runner.model.modules() if isinstance(module, FusedMoE)]
+    through_kt = [layer for layer in layers if isinstance(layer.quant_method, KTEPWrapperMethod)]
+    if not layers or len(through_kt) < len(layers):
+        raise UserError(
+            f"--kt-weight-path is given, but {len(through_kt)} of the {len(layers)} MoE layers of "
+            f"{type(runner.model).__name__} run through kt_kernel in SGLang {sglang_version()}; "
+            "serve a model with routed experts, or leave out the --kt-* flags"
+        )
+
+
+def _check_available() -> None:
+    sglang_side = importlib.import_module("sglang.srt.layers.moe.kt_ep_wrapper")
+    if sglang_side.KTRANSFORMERS_AVAILABLE:
+        return
+    try:
+        from kt_kernel import KTMoEWrapper  # noqa: F401
+    except ImportError as error:
+        reason = f"kt_kernel cannot be imported: {error}"
+    else:
+        reason = "SGLang could not import it earlier in this process"
+    raise UserError(
+        f"--kt-* flags are given, but kt_kernel is not available to SGLang {sglang_version()}: "
+        f"{reason}; reinstall this package and run `python -m kt_kernel`"
+    )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,206 @@
+"""Everything we change in SGLang, as data; its installation; the check that it took."""
+
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kt_kernel.errors import UserError
+from kt_kernel.sglang_plugin import activity, scaling
+from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
+from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
+from kt_kernel.sglang_plugin.refusal import refusing_to_serve, sglang_version
+
+Kind = Literal["before", "after", "around", "replace", "entry"]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One change to SGLang.
+
+    target: dotted path of a function or method; for kind "entry" the path of a
+        dictionary followed by a key, ``module.DICTIONARY[key]``.
+    kind: as in SGLang's ``HookType`` (before, after, around, replace), or "entry".
+    function: what is hooked in, or the value of the dictionary entry.
+    reason: why stock SGLang needs it.
+    when: "always", or "cpu" for servers without a GPU.
+    """
+
+    target: str
+    kind: Kind
+    function: Callable[..., Any]
+    reason: str
+    when: Literal["always", "cpu"]
+
+
+HOOKS: list[Hook] = [
+    Hook(
+        "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.create_moe_runner",
+        "before",
+        scaling.scale_routed_experts_once,
+        "the runner of the GPU experts applies routed_scaling_factor, and then the model does",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.server_args.ServerArgs.check_server_args",
+        "after",
+        activity.check_kt_flags,
+        "incomplete --kt-* flags silently load every expert on the GPU",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        "after",
+        activity.check_kt_is_in_use,
+        "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.utils.hf_transformers.config.get_config",
+        "after",
+        config.run_dense_and_unquantized,
+        "FP8 linears and sparse attention have no kernels for a CPU without AMX",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.models.deepseek_v2.DeepseekV2ForCausalLM.load_weights",
+        "before",
+        fp8_loading.load_dequantized,
+        "the FP8 checkpoint goes into unquantised layers; CPU experts are not SGLang's to load",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.process_weights_after_loading",
+        "replace",
+        experts.process_weights_after_loading,
+        "calls torch.cuda.synchronize",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.layers.moe.kt_ep_wrapper.KTEPWrapperMethod.apply",
+        "replace",
+        experts.apply,
+        "asks for a CUDA stream; SGLang's CPU experts take neither id -1 nor repeated ids",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.models.deepseek_common.attention_backend_handler"
+        ".AttentionBackendRegistry._handlers[torch_native]",
+        "entry",
+        attention.absorbed_mla,
+        "torch_native has no handler for MLA models",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.models.deepseek_common.attention_backend_handler"
+        ".AttentionBackendRegistry._handlers[triton]",
+        "entry",
+        attention.absorbed_mla,
+        "Triton's handler picks a prefill that torch_native cannot run",
+        "cpu",
+    ),
+    Hook(
+        "sglang.srt.layers.attention.attention_registry.ATTENTION_BACKENDS[triton]",
+        "entry",
+        attention.create_torch_native_backend,
+        "Triton has no CPU backend; the tutorial's flags ask for it",
+        "cpu",
+    ),
+]
+
+
+def active_hooks(hooks: Iterable[Hook], on_cpu: bool) -> list[Hook]:
+    """Those of ``hooks`` that a server with (without) a GPU needs."""
+    return [hook for hook in hooks if hook.when == "always" or on_cpu]
+
+
+def install() -> None:
+    """Register the active hooks with SGLang's HookRegistry and check them once applied.
+
+    SGLang applies hooks after all plugins have registered theirs and only logs the
+    ones that fail, so ``apply_hooks`` is made to end with our check. Raises
+    :class:`UserError` if the environment is wrong, and what importing an unknown
+    SGLang raises.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    on_cpu = runs_on_cpu()
+    if on_cpu:
+        check_cpu_environment()
+    hooks = active_hooks(HOOKS, on_cpu)
+    for hook in hooks:
+        if hook.kind != "entry":
+            HookRegistry.register(hook.target, hook.function, HookType(hook.kind))
+
+    apply_hooks = HookRegistry.apply_hooks
+
+    def apply_and_check(cls: type) -> None:
+        apply_hooks()
+        with refusing_to_serve("could not apply the kt_kernel plugin's hooks"):
+            set_entries(hooks)
+            check(hooks)
+
+    HookRegistry.apply_hooks = classmethod(apply_and_check)
+
+
+def set_entries(hooks: Iterable[Hook]) -> None:
+    """Set the dictionary entries among ``hooks``; raise UserError naming one that fails."""
+    for hook in hooks:
+        if hook.kind == "entry":
+            dictionary, key = _entry(hook)
+            dictionary[key] = hook.function
+
+
+def check(hooks: Iterable[Hook]) -> None:
+    """Raise :class:`UserError` naming every hook that is not in place."""
+    missing = [hook for hook in hooks if not is_in_place(hook)]
+    if missing:
+        names = ", ".join(f"{hook.target} ({hook.kind})" for hook in missing)
+        raise UserError(
+            f"SGLang {sglang_version()} did not take {len(missing)} of the kt_kernel plugin's "
+            f"hooks: {names}; its answers would be wrong, so it does not serve; "
+            "use an SGLang version this package names as supported"
+        )
+
+
+def is_in_place(hook: Hook) -> bool:
+    """True if SGLang now calls ``hook.function`` at ``hook.target``."""
+    if hook.kind == "entry":
+        dictionary, key = _entry(hook)
+        return dictionary.get(key) is hook.function
+    try:
+        current = pkgutil.resolve_name(hook.target)
+    except (ImportError, AttributeError):
+        return False
+    # Each hook on a target is one wrapper around the one before it; the wrapper
+    # holds the hook in its closure and what it wraps in __wrapped__.
+    while current is not None:
+        cells = getattr(current, "__closure__", None) or ()
+        if any(_contents(cell) is hook.function for cell in cells):
+            return True
+        current = getattr(current, "__wrapped__", None)
+    return False
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+def _entry(hook: Hook) -> tuple[dict[str, Any], str]:
+    path, _, key = hook.target.removesuffix("]").partition("[")
+    try:
+        dictionary = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"SGLang {sglang_version()} has no {path} ({error}), which the kt_kernel plugin needs "
+            f"because {hook.reason}; use an SGLang version this package names as supported"
+        ) from error
+    if not isinstance(dictionary, dict):
+        raise UserError(
+            f"{path} of SGLang {sglang_version()} is a {type(dictionary).__name__}; "
+            "the kt_kernel plugin expected a dict"
+        )
+    return dictionary, key

@@ -1,0 +1,45 @@
+"""End the process with one clear line instead of serving a model that is wrong."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import NoReturn
+
+from kt_kernel.errors import UserError
+
+
+def sglang_version() -> str:
+    """Version of the installed SGLang, or "(not installed)"."""
+    try:
+        return metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def refuse_to_serve(message: str) -> NoReturn:
+    """Print ``error: message`` on stderr and raise ``SystemExit(2)``.
+
+    ``SystemExit`` because SGLang's plugin loader catches ``Exception``. A child
+    that ends this way before it is ready makes SGLang's main process stop the rest.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+@contextmanager
+def refusing_to_serve(what: str) -> Iterator[None]:
+    """Turn any exception of the block into :func:`refuse_to_serve`.
+
+    ``what`` says what failed; it is used for exceptions that are not a
+    :class:`UserError`, whose own text need not tell a reader anything.
+    """
+    try:
+        yield
+    except UserError as error:
+        refuse_to_serve(str(error))
+    except Exception as error:
+        refuse_to_serve(
+            f"{what} in SGLang {sglang_version()}: {type(error).__name__}: {error}; "
+            "use an SGLang version this package names as supported"
+        )

@@ -1,0 +1,75 @@
+"""The plugin in the installed SGLang: loaded as SGLang loads it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from kt_kernel.sglang_plugin import launch_environment
+from kt_kernel.sglang_plugin.hooks import HOOKS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+PROGRAM = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from kt_kernel.sglang_plugin import hooks
+
+report = {}
+load_plugins()
+report["in_place"] = {hook.target: hooks.is_in_place(hook) for hook in hooks.HOOKS}
+
+from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+report["attention"] = {
+    name: AttentionBackendRegistry.get_handler(name)(None, None).name
+    for name in ("torch_native", "triton")
+}
+
+# Another process, another SGLang: one that no longer has a target.
+def broken(*args): ...
+hooks.HOOKS.append(hooks.Hook(
+    "sglang.srt.server_args.ServerArgs.renamed", "before", broken, "for this test", "always"))
+hooks.install()
+try:
+    HookRegistry.apply_hooks()
+except SystemExit as stop:
+    report["status"] = stop.code
+print("REPORT" + json.dumps(report))
+"""
+
+
+@cache
+def outcome() -> tuple[dict, str]:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        env={**os.environ, **launch_environment("cpu", {"PYTHONPATH": str(REPOSITORY)})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("REPORT")]
+    return json.loads(line.removeprefix("REPORT")), result.stderr
+
+
+def test_every_hook_takes() -> None:
+    report, _ = outcome()
+    assert report["in_place"] == {hook.target: True for hook in HOOKS}
+
+
+def test_attention_is_absorbed_mla() -> None:
+    report, _ = outcome()
+    assert report["attention"] == {"torch_native": "MLA", "triton": "MLA"}
+
+
+def test_a_hook_that_fails_ends_the_process_with_its_name_and_the_version() -> None:
+    from importlib.metadata import version
+
+    report, stderr = outcome()
+    assert report["status"] == 2
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert "sglang.srt.server_args.ServerArgs.renamed (before)" in line
+    assert version("sglang") in line
