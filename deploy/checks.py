@@ -1,0 +1,233 @@
+"""Checks before serving: each says what was expected, what was found and what to do.
+
+``serve`` runs the checks marked for it and refuses to start on a FAIL; ``check`` runs them all and
+prints a report. A check is a function from :class:`Situation` to results; :data:`CHECKS` is the
+list of them, in the order of the report.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from deploy.machine import Machine
+
+SGLANG_VERSION = "0.5.23"
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    PASS = "PASS"
+    WARN = "WARN"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a check found.
+
+    Attributes:
+        check: name of the check.
+        expected: what is needed, to follow the word "expected".
+        found: what is there, to follow the word "found".
+        todo: what to do about it; empty for a PASS.
+    """
+
+    check: str
+    status: Status
+    expected: str
+    found: str
+    todo: str = ""
+
+    def sentence(self) -> str:
+        """One line without the status."""
+        text = f"{self.check}: expected {self.expected}, found {self.found}"
+        return f"{text}: {self.todo}" if self.todo else text
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the checks look at.
+
+    Attributes:
+        values: the settings with every ``auto`` replaced.
+        environment: variables that the server would get.
+        machine: facts about this machine.
+    """
+
+    values: Mapping[str, Any]
+    environment: Mapping[str, str]
+    machine: Machine
+
+    @property
+    def model_path(self) -> Path:
+        return Path(self.values["KT_MODEL_PATH"])
+
+    @property
+    def weight_path(self) -> Path:
+        return Path(self.values["KT_WEIGHT_PATH"])
+
+
+Check = Callable[[Situation], Iterator[Result]]
+
+
+def check_packages(situation: Situation) -> Iterator[Result]:
+    """SGLang in the version this was made for, and the compiled kernel."""
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        yield Result(
+            "sglang", Status.FAIL, f"SGLang {SGLANG_VERSION}", "none",
+            "install requirements.txt into the environment that runs entrypoint.py",
+        )
+    else:
+        same = version == SGLANG_VERSION
+        yield Result(
+            "sglang", Status.PASS if same else Status.WARN, f"SGLang {SGLANG_VERSION}", version,
+            "" if same else "other versions are not tested: install requirements.txt",
+        )
+    built = importlib.util.find_spec("kt_kernel._ext") is not None
+    yield Result(
+        "kernel", Status.PASS if built else Status.FAIL, "the compiled extension kt_kernel._ext",
+        "it" if built else "none", "" if built else "build it: pip install .",
+    )
+
+
+def check_device(situation: Situation) -> Iterator[Result]:
+    """A GPU if the settings want one."""
+    machine, device = situation.machine, situation.values["KT_DEVICE"]
+    if machine.gpu_problem:
+        yield Result(
+            "gpu", Status.FAIL if device == "cuda" else Status.WARN, "a working NVIDIA GPU",
+            machine.gpu_problem,
+            "install the driver (in a container: the NVIDIA container toolkit)",
+        )
+    elif machine.gpu is None:
+        yield Result(
+            "gpu", Status.FAIL if device == "cuda" else Status.PASS,
+            "an NVIDIA GPU" if device == "cuda" else "nothing in CPU mode", "no GPU",
+            "set KT_DEVICE=cpu to run without one, slowly" if device == "cuda" else "",
+        )
+    else:
+        gpu = machine.gpu
+        capability = ".".join(map(str, gpu.compute_capability))
+        yield Result(
+            "gpu", Status.PASS, "an NVIDIA GPU",
+            f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, compute capability {capability}, "
+            f"driver for CUDA {gpu.cuda_version[0]}.{gpu.cuda_version[1]}",
+        )
+
+
+def check_threads(situation: Situation) -> Iterator[Result]:
+    """Threads of the experts against what this process may use.
+
+    More threads than CPUs is a FAIL and not a warning: every layer waits for its slowest thread,
+    so one shared CPU halves the speed of the whole server and nothing else would show it.
+    """
+    machine = situation.machine
+    threads: int = situation.values["KT_CPUINFER"]
+    pools: int = situation.values["KT_THREADPOOL_COUNT"]
+    cpus = f"{machine.cores} cores with {machine.cpus} CPUs in this process's CPU set"
+    expected = f"KT_CPUINFER of at most {machine.cores}"
+    if threads > machine.cpus:
+        yield Result(
+            "threads", Status.FAIL, expected, f"{threads} threads for {cpus}",
+            f"set KT_CPUINFER={machine.expert_threads} or auto",
+        )
+    elif machine.cpu_quota is not None and threads > machine.cpu_quota:
+        yield Result(
+            "threads", Status.FAIL, f"KT_CPUINFER of at most {machine.cpu_quota:g}",
+            f"{threads} threads for a control group's quota of {machine.cpu_quota:g} CPUs",
+            f"raise the quota or set KT_CPUINFER={machine.expert_threads}",
+        )
+    elif threads > machine.cores:
+        yield Result(
+            "threads", Status.WARN, expected, f"{threads} threads for {cpus}",
+            f"two threads of a core share its units: set KT_CPUINFER={machine.cores} or auto",
+        )
+    else:
+        yield Result("threads", Status.PASS, expected, f"{threads} threads for {cpus}")
+    if pools > threads:
+        yield Result(
+            "thread pools", Status.FAIL, f"KT_THREADPOOL_COUNT of at most KT_CPUINFER={threads}",
+            f"{pools}", "a pool needs a thread: lower KT_THREADPOOL_COUNT",
+        )
+    else:
+        fits = pools == machine.numa_nodes
+        yield Result(
+            "thread pools", Status.PASS if fits else Status.WARN,
+            f"one pool per NUMA node, that is KT_THREADPOOL_COUNT={machine.numa_nodes}",
+            f"{pools}", "" if fits else "set it to that or to auto",
+        )
+
+
+def check_port(situation: Situation) -> Iterator[Result]:
+    """The server's address is free."""
+    host, port = situation.values["KT_HOST"], situation.values["KT_PORT"]
+    expected = f"port {port} on {host} to be free"
+    problem = address_problem(host, port)
+    if problem is None:
+        yield Result("port", Status.PASS, expected, "that it is")
+    else:
+        found, todo = problem
+        yield Result("port", Status.FAIL, expected, found, todo)
+
+
+def address_problem(host: str, port: int) -> tuple[str, str] | None:
+    """What keeps a server from listening there and what to do; None if nothing does."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        return f"that {host} is no address ({error.strerror})", "set KT_HOST to 0.0.0.0"
+    with socket.socket(family, kind, proto) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return "another program listening there", "stop it or set KT_PORT to another port"
+            if error.errno == errno.EACCES:
+                return "that it needs root", "set KT_PORT to 1024 or more"
+            return os.strerror(error.errno or 0), "set KT_HOST to an address of this machine"
+    return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of :data:`CHECKS`; ``serve`` says whether the stage ``serve`` runs it."""
+
+    check: Check
+    serve: bool
+
+
+def all_checks() -> tuple[Entry, ...]:
+    """Every check, in the order of the report."""
+    from deploy.checks_machine import check_disk, check_memory
+    from deploy.checks_model import check_model, check_weights
+
+    return (
+        Entry(check_packages, True),
+        Entry(check_device, True),
+        Entry(check_threads, True),
+        Entry(check_memory, False),
+        Entry(check_disk, False),
+        Entry(check_model, True),
+        Entry(check_weights, True),
+        Entry(check_port, True),
+    )
+
+
+def run_checks(situation: Situation, entries: Iterable[Entry]) -> list[Result]:
+    """Run the checks in order."""
+    return [result for entry in entries for result in entry.check(situation)]

@@ -1,0 +1,140 @@
+"""Checks of the model directory and of the packed weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import Checkpoint
+from convert.model_config import ModelDims, read_json
+from deploy.checks import Result, Situation, Status
+from deploy.marker import file_size, read_marker
+from kt_kernel.errors import UserError
+from kt_kernel.packed import KT_METHODS, MANIFEST_NAME
+
+DOWNLOAD = "run `python entrypoint.py download`"
+CONVERT = "run `python entrypoint.py convert`"
+
+
+def check_model(situation: Situation) -> Iterator[Result]:
+    """The checkpoint is there in full, as far as that shows without reading its data."""
+    path = situation.model_path
+    expected = f"a complete checkpoint in KT_MODEL_PATH {path}"
+
+    def fail(found: str, todo: str = DOWNLOAD) -> Result:
+        return Result("model", Status.FAIL, expected, found, todo)
+
+    if not path.is_dir():
+        yield fail("no such directory", f"{DOWNLOAD} or set KT_MODEL_PATH")
+        return
+    try:
+        marker = read_marker(path)
+        if marker is not None and not marker.complete:
+            yield fail("an unfinished download", f"{DOWNLOAD} to finish it")
+            return
+        if not (path / "config.json").is_file():
+            yield fail("no config.json", f"{DOWNLOAD} or set KT_MODEL_PATH")
+            return
+        missing = marker.missing(path) if marker is not None else []
+        if missing:
+            yield fail(f"{_some(missing)} missing or of another size than downloaded")
+            return
+        with Checkpoint(path) as checkpoint:
+            shards = len(checkpoint.shards)
+    except UserError as error:
+        yield fail(str(error), "mend that or download again")
+        return
+    origin = f", {marker.repo_id} at commit {marker.revision[:12]}" if marker else ""
+    yield Result("model", Status.PASS, expected, f"{shards} shards{origin}")
+
+
+def check_weights(situation: Situation) -> Iterator[Result]:
+    """The packed weights are there in full, of the right method and of this very model."""
+    path, method = situation.weight_path, situation.values["KT_METHOD"]
+    expected = f"finished {method} weights in KT_WEIGHT_PATH {path}"
+
+    def fail(found: str, todo: str = CONVERT) -> Result:
+        return Result("weights", Status.FAIL, expected, found, todo)
+
+    if not path.is_dir():
+        yield fail("no such directory", f"{CONVERT} or set KT_WEIGHT_PATH")
+        return
+    if not (path / MANIFEST_NAME).is_file():
+        yield fail(f"no {MANIFEST_NAME}", f"{CONVERT} or set KT_WEIGHT_PATH")
+        return
+    try:
+        manifest = read_json(path / MANIFEST_NAME)
+        found = str(manifest["method"])
+        if found != KT_METHODS[method]:
+            other = next((name for name, word in KT_METHODS.items() if word == found), None)
+            yield fail(
+                f"{found} weights",
+                (f"set KT_METHOD={other} or " if other else "")
+                + f"convert with KT_QUANT_METHOD={KT_METHODS[method]} to another KT_WEIGHT_PATH",
+            )
+            return
+        layers = manifest["layers"]
+        if not manifest["complete"]:
+            wanted = len(manifest["model"]["moe_layers"])
+            yield fail(f"{len(layers)} of {wanted} layers", f"{CONVERT} to finish them")
+            return
+        damaged = [
+            str(layer["file"])
+            for layer in layers.values()
+            if file_size(path / layer["file"]) != layer["bytes"]
+        ]
+        difference = _difference(manifest, situation.model_path)
+    except (KeyError, TypeError, AttributeError):
+        yield fail(f"a {MANIFEST_NAME} of another program", "set KT_WEIGHT_PATH")
+        return
+    except UserError as error:
+        yield fail(str(error), "mend that first")
+        return
+    if damaged:
+        yield fail(f"{_some(damaged)} missing or of another size", f"{CONVERT} to repair them")
+    elif difference is not None:
+        yield fail(
+            f"weights of another model, {difference}",
+            "set KT_WEIGHT_PATH to this model's weights or convert it to another directory",
+        )
+    else:
+        yield Result("weights", Status.PASS, expected, f"{len(layers)} layers of this model")
+
+
+def _difference(manifest: dict[str, Any], model_path: Path) -> str | None:
+    """How the model that the weights were made from differs from the one to serve."""
+    if not (model_path / "config.json").is_file():
+        return None  # the model's own check reports that
+    marker = read_marker(model_path)
+    source = manifest["source"]
+    if marker is not None and source.get("repo_id", marker.repo_id) != marker.repo_id:
+        return f"{source['repo_id']} instead of {marker.repo_id}"
+    try:
+        with Checkpoint(model_path) as checkpoint:
+            dims, fingerprint = checkpoint.dims, checkpoint.fingerprint()
+    except UserError:
+        return None  # the model's own check reports that
+    for name, ours in _dimensions(dims).items():
+        theirs = manifest["model"][name]
+        if theirs != ours:
+            return f"{name} {json.dumps(theirs)} instead of {json.dumps(ours)}"
+    if source["fingerprint"] != fingerprint:
+        return "same sizes but other tensors or another config.json"
+    return None
+
+
+def _dimensions(dims: ModelDims) -> dict[str, object]:
+    """Dimensions as the manifest names them."""
+    return {
+        "hidden_size": dims.hidden_size,
+        "intermediate_size": dims.intermediate_size,
+        "num_experts": dims.num_experts,
+        "moe_layers": dims.moe_layers(),
+    }
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more files"

@@ -1,0 +1,147 @@
+"""From the environment and env files to checked values of the settings."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from deploy.env_file import read_env_file
+from deploy.errors import UserErrors
+from deploy.setting import AUTO, PREFIX, Setting
+from deploy.settings import BY_NAME, SECRETS, TABLE, is_known, known_names
+
+
+@dataclass(frozen=True)
+class Config:
+    """Values of the settings, and the environment that started programs get.
+
+    Attributes:
+        values: by name; None where nothing is set and there is no default.
+        environment: the process's variables and those of the env files, the former winning.
+        from_files: names in ``environment`` whose value comes from an env file.
+    """
+
+    values: Mapping[str, Any]
+    environment: Mapping[str, str]
+    from_files: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def text(self, name: str) -> str:
+        """The value of a setting that is text and always has a value."""
+        return cast(str, self.values[name])
+
+    def integer(self, name: str) -> int:
+        """The value of a setting that is an integer and always has a value."""
+        return cast(int, self.values[name])
+
+    def path(self, name: str) -> Path:
+        """The value of a setting that is a path and always has a value."""
+        return cast(Path, self.values[name])
+
+    def is_auto(self, name: str) -> bool:
+        """Whether the program is to choose the value."""
+        return self.values[name] == AUTO
+
+
+def load(
+    environ: Mapping[str, str], env_files: Iterable[Path] = (), stage: str | None = None
+) -> Config:
+    """Read and check all settings.
+
+    A variable of ``environ`` wins over the env files, a later file over an earlier one. An empty
+    variable counts as not set. Secrets are read from their files only if ``stage`` uses them.
+
+    Raises:
+        UserErrors: unknown names and bad values, all of them, each with what was expected.
+    """
+    given: dict[str, tuple[str, str]] = {}  # name -> (value, where)
+    problems: list[str] = []
+    for file in env_files:
+        try:
+            assignments = read_env_file(file)
+        except UserErrors as error:
+            problems += error.messages
+            continue
+        for line in assignments:
+            if not is_known(line.name):
+                problems.append(f"{line.where}: {_unknown(line.name)}")
+            elif line.value or not _in_table(line.name):
+                given[line.name] = (line.value, f"{line.where}: ")
+    for name, value in environ.items():
+        if name.startswith(PREFIX) and not is_known(name):
+            problems.append(_unknown(name))
+        elif value and _in_table(name):
+            given[name] = (value, "")
+    values: dict[str, Any] = {}
+    for setting in TABLE:
+        try:
+            values[setting.name] = _value(setting, given, stage)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserErrors(problems)
+    environment = {name: value for name, (value, _) in given.items()}
+    kept = {k: v for k, v in environ.items() if v or not _in_table(k)}
+    return Config(values, {**environment, **kept}, frozenset(environment) - frozenset(kept))
+
+
+def _in_table(name: str) -> bool:
+    return name in BY_NAME or name in SECRETS
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, known_names(), n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "docs/configuration.md lists them all"
+    return f"unknown setting {name}: {hint}"
+
+
+def _value(setting: Setting, given: Mapping[str, tuple[str, str]], stage: str | None) -> Any:
+    """The value of a setting; ValueError with the whole message if it is not valid."""
+    text, where = given.get(setting.name, (setting.default, ""))
+    if setting.secret and setting.file_name in given:
+        file, file_where = given[setting.file_name]
+        if setting.name in given:
+            raise ValueError(
+                f"{file_where}both {setting.name} and {setting.file_name} are set: "
+                f"keep one of them"
+            )
+        if stage is not None and stage not in setting.stages:
+            return None
+        text, where = _read_secret(setting, file, file_where), file_where
+    if not text:
+        return None
+    try:
+        return setting.parse(text)
+    except ValueError:
+        shown = "its value (not shown)" if setting.secret else repr(text)
+        raise ValueError(
+            f"{where}{setting.name}: expected {setting.expected}, found {shown}"
+        ) from None
+
+
+def _read_secret(setting: Setting, file: str, where: str) -> str:
+    try:
+        text = Path(file).read_text("utf-8").strip()
+    except OSError as error:
+        raise ValueError(
+            f"{where}{setting.file_name}: cannot read {file}: {error.strerror}"
+        ) from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{where}{setting.file_name}: {file} is not a text file") from None
+    if not text:
+        raise ValueError(f"{where}{setting.file_name}: {file} is empty")
+    return text
+
+
+def export(config: Config) -> None:
+    """Give this process the variables of the env files, for libraries that read ``os.environ``."""
+    for name in [name for name in os.environ if name not in config.environment]:
+        if _in_table(name):
+            del os.environ[name]
+    os.environ.update(config.environment)

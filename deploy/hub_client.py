@@ -1,0 +1,188 @@
+"""Questions to the Hub, and its client's exceptions in one line each.
+
+Import this module only after the environment is complete: the client reads HF_* when imported.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from huggingface_hub import HfApi, constants
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.hf_api import RepoFile as ListedFile
+
+from deploy.marker import RepoFile
+from kt_kernel.errors import UserError
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+#: Besides the shards: configuration, tokenizer, custom code, template, licence and model card.
+#: Only at the top of the repository; folders hold demo code, pictures or other formats.
+NEEDED = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.txt",
+          "LICENSE*", "LICENCE*", "NOTICE*")
+METADATA_TIMEOUT = 30.0
+
+
+class HubUnreachable(UserError):
+    """The Hub does not answer; a finished download can do without it.
+
+    :attr:`reason` is the message without the advice.
+    """
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}: {advice}")
+        self.reason = reason
+
+
+def resolve_revision(api: HfApi, repo_id: str, revision: str) -> str:
+    """The commit that a branch, tag or commit stands for; a full commit hash needs no network.
+
+    Raises:
+        UserError: no such repository or revision, or no access.
+        HubUnreachable: no answer.
+    """
+    if COMMIT.fullmatch(revision):
+        return revision
+    with explained(repo_id, revision):
+        info = api.repo_info(repo_id, revision=revision, timeout=METADATA_TIMEOUT)
+    if info.sha is None:
+        raise UserError(f"the Hub gives no commit for {repo_id} at {revision}")
+    return info.sha
+
+
+def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+    """All files of a commit, by path.
+
+    Raises:
+        UserError: as :func:`resolve_revision`.
+    """
+    with explained(repo_id, commit):
+        listed = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
+    return {
+        entry.path: RepoFile(
+            size=entry.lfs.size if entry.lfs else entry.size,
+            sha256=entry.lfs.sha256 if entry.lfs else "",
+            git_id=entry.blob_id,
+        )
+        for entry in listed
+        if isinstance(entry, ListedFile)
+    }
+
+
+def choose_small_files(files: dict[str, RepoFile]) -> list[str]:
+    """Files to download besides the weights.
+
+    Raises:
+        UserError: the repository holds no safetensors checkpoint.
+    """
+    if INDEX_NAME not in files and SINGLE_NAME not in files:
+        raise UserError(
+            f"the repository has neither {INDEX_NAME} nor {SINGLE_NAME}: expected a checkpoint in "
+            f"safetensors format, set KT_MODEL_ID to one"
+        )
+    return [
+        name
+        for name in sorted(files)
+        if "/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in NEEDED)
+    ]
+
+
+def choose_weights(files: dict[str, RepoFile], shards: set[str] | None) -> list[str]:
+    """The files with the weights: the shards that the index names, or the only file.
+
+    Raises:
+        UserError: a shard that the index names is not in the repository.
+    """
+    if shards is None:
+        return [SINGLE_NAME]
+    absent = sorted(shards - set(files))
+    if absent:
+        raise UserError(
+            f"{INDEX_NAME} names {absent[0]}"
+            + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+            + ", which the repository does not have: choose another KT_MODEL_REVISION"
+        )
+    return sorted(shards)
+
+
+@contextmanager
+def explained(repo_id: str, revision: str, directory: Path | None = None) -> Iterator[None]:
+    """Turn what the Hub's client raises into one line that says what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise _explain(error, repo_id, revision, directory) from error
+
+
+def _explain(error: Exception, repo_id: str, revision: str, directory: Path | None) -> Exception:
+    where = constants.ENDPOINT
+    token_hint = "set HF_TOKEN or HF_TOKEN_FILE to a token that has access"
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _no_space(directory)
+        if isinstance(cause, hub_errors.GatedRepoError):
+            return UserError(
+                f"{repo_id} at {where} is gated: ask for access on its page and {token_hint}"
+            )
+        if isinstance(cause, hub_errors.RevisionNotFoundError):
+            return UserError(
+                f"{repo_id} at {where} has no revision {revision}: "
+                f"set KT_MODEL_REVISION to a branch, tag or commit of it"
+            )
+        if isinstance(cause, hub_errors.RepositoryNotFoundError):
+            return UserError(
+                f"{where} has no repository {repo_id}, or it is private: "
+                f"check KT_MODEL_ID, or {token_hint}"
+            )
+        if isinstance(cause, hub_errors.OfflineModeIsEnabled):
+            return HubUnreachable(
+                "HF_HUB_OFFLINE is set", f"unset it to download {repo_id} at {revision}"
+            )
+        if isinstance(cause, hub_errors.HfHubHTTPError):
+            status = cause.response.status_code
+            if status in (401, 403):
+                return UserError(
+                    f"{where} refuses the token for {repo_id} (HTTP {status}): {token_hint}"
+                )
+            if status >= 500 or status == 429:
+                return HubUnreachable(
+                    f"{where} answers HTTP {status} for {repo_id}", "try again later"
+                )
+            return UserError(f"{where} answers HTTP {status} for {repo_id} at {revision}")
+        if isinstance(cause, httpx.TransportError):
+            return HubUnreachable(
+                f"cannot reach {where} for {repo_id} ({type(cause).__name__})",
+                "check the network, or set HF_ENDPOINT to a mirror; finished files are kept",
+            )
+    if "No space left on device" in str(error):  # from the Rust transfer library, as text only
+        return _no_space(directory)
+    if isinstance(error, OSError) and error.strerror:
+        return UserError(f"cannot write {error.filename or directory}: {error.strerror}")
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return UserError(f"downloading {repo_id} failed: {type(error).__name__}: {first_line}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and those it was raised from, outermost first."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _no_space(directory: Path | None) -> UserError:
+    return UserError(
+        f"no space left while downloading to {directory}: free some and run it again, "
+        f"finished files are kept"
+    )

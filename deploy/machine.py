@@ -1,0 +1,188 @@
+"""What this machine has, found without loading torch: cores, NUMA nodes, CPU quota, GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+_CUDA_ERROR_NO_DEVICE = 100
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU that may be used.
+
+    Attributes:
+        name: as the driver calls it.
+        memory_bytes: of the whole card.
+        compute_capability: (major, minor).
+        cuda_version: (major, minor), the newest CUDA that the driver runs.
+    """
+
+    name: str
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    cuda_version: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about this machine as far as this process may use it.
+
+    Attributes:
+        cpus: logical CPUs in the process's CPU set.
+        cores: physical cores behind them.
+        numa_nodes: NUMA nodes that have at least one of them.
+        cpu_quota: CPUs' worth of time the control group grants, None if unlimited.
+        gpu: None if there is no GPU to use.
+        gpu_problem: why there is none although there should be one; else empty.
+    """
+
+    cpus: int
+    cores: int
+    numa_nodes: int
+    cpu_quota: float | None
+    gpu: Gpu | None
+    gpu_problem: str = ""
+
+    @property
+    def expert_threads(self) -> int:
+        """Threads for KT_CPUINFER=auto: one per physical core, within the quota."""
+        quota = self.cores if self.cpu_quota is None else math.floor(self.cpu_quota)
+        return max(1, min(self.cores, quota))
+
+
+def survey(root: Path = Path("/")) -> Machine:
+    """Look at the machine. ``root`` is where /sys, /proc and /dev are looked for."""
+    cpus = os.sched_getaffinity(0)
+    gpu, gpu_problem = find_gpu(root)
+    return Machine(
+        cpus=len(cpus),
+        cores=count_cores(cpus, root),
+        numa_nodes=count_numa_nodes(cpus, root),
+        cpu_quota=read_cpu_quota(root),
+        gpu=gpu,
+        gpu_problem=gpu_problem,
+    )
+
+
+def parse_cpu_list(text: str) -> set[int]:
+    """The CPUs of a kernel list such as ``0-3,8``."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def count_cores(cpus: set[int], root: Path = Path("/")) -> int:
+    """Physical cores behind some logical CPUs; every CPU counts as one if the kernel is silent."""
+    cores = set()
+    for cpu in cpus:
+        siblings = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+        try:
+            cores.add(min(parse_cpu_list(siblings.read_text())))
+        except (OSError, ValueError):
+            cores.add(cpu)
+    return len(cores)
+
+
+def count_numa_nodes(cpus: set[int], root: Path = Path("/")) -> int:
+    """NUMA nodes that have at least one of the CPUs; 1 if the kernel is silent."""
+    count = 0
+    for node in (root / "sys/devices/system/node").glob("node[0-9]*"):
+        try:
+            count += bool(parse_cpu_list((node / "cpulist").read_text()) & cpus)
+        except (OSError, ValueError):
+            continue
+    return max(count, 1)
+
+
+def read_cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs' worth of time that the control groups grant this process, None if unlimited."""
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers == "":
+            limits += [_quota_v2(folder / "cpu.max") for folder in _ancestors(groups, group)]
+        elif "cpu" in controllers.split(","):
+            for mount in (groups / "cpu", groups / controllers):
+                limits += [_quota_v1(folder) for folder in _ancestors(mount, group)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _ancestors(mount: Path, group: str) -> list[Path]:
+    """The folder of a control group and those above it, up to the mount."""
+    parts = [part for part in group.split("/") if part and part != ".."]
+    return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _quota_v2(file: Path) -> float | None:
+    try:
+        quota, period = file.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if quota <= 0 else quota / period
+
+
+def find_gpu(root: Path = Path("/")) -> tuple[Gpu | None, str]:
+    """The first GPU that CUDA shows this process, and what is wrong if there should be one.
+
+    Asks the driver itself, so CUDA_VISIBLE_DEVICES of this process is respected and torch is not
+    needed.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        if (root / "dev/nvidia0").exists():
+            return None, "there is /dev/nvidia0, but the driver's library libcuda.so.1 is missing"
+        return None, ""
+    status = driver.cuInit(0)
+    if status == _CUDA_ERROR_NO_DEVICE:
+        return None, ""
+    if status != 0:
+        return None, f"the NVIDIA driver refuses to start (cuInit gives error {status})"
+    device, count = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    if count.value == 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return None, ""
+    return _describe_gpu(driver, device), ""
+
+
+def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int) -> Gpu:
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGetName(name, len(name), device)
+    memory = ctypes.c_size_t()
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    return Gpu(
+        name=name.value.decode(errors="replace"),
+        memory_bytes=memory.value,
+        compute_capability=(major.value, minor.value),
+        cuda_version=(version.value // 1000, version.value % 1000 // 10),
+    )

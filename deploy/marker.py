@@ -1,0 +1,136 @@
+"""``.kt-download.json``: which files of which commit a model directory holds, and if all are there.
+
+The download writes it first with ``"complete": false``, so that a directory whose download was
+interrupted is never taken for a model, and last with ``"complete": true``. Nothing in the finished
+marker depends on time or host: an interrupted and repeated download ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.durable import replace_file
+from kt_kernel.errors import UserError
+
+MARKER_NAME = ".kt-download.json"
+FORMAT = "kt-download"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RepoFile:
+    """A file as the Hub lists it.
+
+    Attributes:
+        size: bytes.
+        sha256: of the content; empty for small files, of which the Hub knows a git hash only.
+        git_id: git's object id (SHA-1) of the file or of its LFS pointer.
+    """
+
+    size: int
+    sha256: str
+    git_id: str
+
+
+@dataclass
+class Marker:
+    """State of a model directory.
+
+    Attributes:
+        repo_id: repository on the Hub.
+        requested_revision: branch, tag or commit that was asked for.
+        revision: commit that it stands for.
+        files: by path in the repository.
+        complete: every file was downloaded and verified.
+        verified: while not complete: files whose content was checked, with the
+            ``[size, mtime in ns]`` that it was checked at.
+        stale: while not complete: files of an earlier revision, to be removed unless they belong
+            to this one too.
+    """
+
+    repo_id: str
+    requested_revision: str
+    revision: str
+    files: dict[str, RepoFile]
+    complete: bool = False
+    verified: dict[str, list[int]] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(file.size for file in self.files.values())
+
+    def save(self, directory: Path) -> None:
+        """Write the marker; it survives a power cut as a whole or not at all.
+
+        Raises:
+            UserError: the disk is full or the directory cannot be written.
+        """
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "repo_id": self.repo_id,
+            "requested_revision": self.requested_revision,
+            "revision": self.revision,
+            "complete": self.complete,
+            "total_bytes": self.total_bytes,
+            "files": {name: asdict(self.files[name]) for name in sorted(self.files)},
+        }
+        if not self.complete:
+            content["verified"] = dict(sorted(self.verified.items()))
+            content["stale"] = sorted(self.stale)
+        replace_file(directory / MARKER_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    def missing(self, directory: Path) -> list[str]:
+        """Files that are not there, or not in their size."""
+        return [
+            name
+            for name, file in sorted(self.files.items())
+            if file_size(directory / name) != file.size
+        ]
+
+
+def file_size(path: Path) -> int | None:
+    """Size of a regular file in bytes, None if there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else None
+    except OSError:
+        return None
+
+
+def read_marker(directory: Path) -> Marker | None:
+    """The marker of a directory, None if it has none.
+
+    Raises:
+        UserError: there is one, but it cannot be read.
+    """
+    path = directory / MARKER_NAME
+    try:
+        found = json.loads(path.read_bytes())
+        if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
+            raise ValueError("format")
+        return Marker(
+            repo_id=str(found["repo_id"]),
+            requested_revision=str(found["requested_revision"]),
+            revision=str(found["revision"]),
+            files={
+                str(name): RepoFile(int(f["size"]), str(f["sha256"]), str(f["git_id"]))
+                for name, f in found["files"].items()
+            },
+            complete=found["complete"] is True,
+            verified={str(n): [int(x) for x in v] for n, v in found.get("verified", {}).items()},
+            stale=[str(name) for name in found.get("stale", [])],
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(
+            f"{path} is not a download marker of this version: delete it and download again, "
+            f"finished files are recognised without it"
+        ) from None

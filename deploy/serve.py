@@ -1,0 +1,54 @@
+"""The stage ``serve``: check, then become SGLang's server."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import NoReturn
+
+from deploy.argv import Command, resolve, serve_command
+from deploy.checks import Situation, Status, all_checks, run_checks
+from deploy.config import Config, export
+from deploy.errors import UserErrors
+from deploy.machine import survey
+from deploy.report import say
+
+
+def run(config: Config, print_only: bool, as_json: bool) -> int:
+    """Start the server, or print its command.
+
+    Does not return if the server starts: this process becomes it.
+
+    Returns:
+        0, after printing.
+
+    Raises:
+        UserError: a setting does not fit, or a check failed.
+    """
+    export(config)
+    machine = survey()
+    command = serve_command(config, machine)
+    if print_only:
+        print(json.dumps({"argv": command.shown_argv()}) if as_json else command.shown())
+        return 0
+    for note in command.notes:
+        say(note)
+    values, _ = resolve(config, machine)
+    entries = [entry for entry in all_checks() if entry.serve]
+    results = run_checks(Situation(values, config.environment, machine), entries)
+    failed = [result.sentence() for result in results if result.status is Status.FAIL]
+    for result in results:
+        if result.status is Status.WARN:
+            say(f"warning: {result.sentence()}")
+    if failed:
+        raise UserErrors(failed)
+    become(command, config)
+
+
+def become(command: Command, config: Config) -> NoReturn:
+    """Replace this process by the command, run by the interpreter that runs this program."""
+    say(f"starting: {command.shown()}")
+    sys.stdout.flush()
+    argv = [sys.executable, *command.argv[1:]]
+    os.execve(sys.executable, argv, {**config.environment, **command.environment})

@@ -1,0 +1,131 @@
+"""kill -9 at any moment of a download, then run it again."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import LocalHub
+from entrypoint_helpers import clean_environment, command, content, fetched, run
+
+SHARDS, SHARD_BYTES = 6, 400_000
+
+
+def kill_after(seconds: float, settings: dict[str, str]) -> bool:
+    """Start a download and kill it; whether it was killed before it had finished."""
+    process = subprocess.Popen(
+        command("download"), env=clean_environment(**settings), cwd="/",
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )
+    try:
+        return process.wait(timeout=seconds) != 0
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return True
+
+
+def finished_files(model: Path, hub: LocalHub) -> set[str]:
+    """Large files that a killed download left in full."""
+    return {
+        name
+        for name in hub.needed
+        if name.endswith(".safetensors")
+        and (model / name).is_file()
+        and (model / name).stat().st_size == (hub.folder / name).stat().st_size
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments(
+    start_hub: Callable[..., LocalHub], tmp_path: Path, seed: int
+) -> None:
+    hub = start_hub(SHARDS, SHARD_BYTES, rate=800_000)
+    model = tmp_path / "model"
+    settings = hub.settings(model, KT_DOWNLOAD_WORKERS="2")
+    random_numbers = random.Random(seed)
+    kills = 0
+    for _ in range(4):
+        before = finished_files(model, hub)
+        hub.forget()
+        # An import of the Hub's client takes about a second, a whole download about three.
+        kills += kill_after(random_numbers.uniform(0.7, 3.0), settings)
+        assert not before & set(fetched(hub.log_lines())), "a finished file was fetched again"
+    before = finished_files(model, hub)
+    hub.forget()
+    hub.options.rate = None
+    result = run("download", **settings)
+    assert result.returncode == 0, result.stderr
+    assert kills > 0
+    assert not before & set(fetched(hub.log_lines()))
+    fresh = tmp_path / "fresh"
+    assert run("download", **hub.settings(fresh)).returncode == 0
+    assert content(model) == content(fresh)
+
+
+def test_killed_in_the_middle_of_a_file_leaves_no_rubbish(
+    start_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    hub = start_hub(SHARDS, SHARD_BYTES, rate=100_000)
+    model = tmp_path / "model"
+    settings = hub.settings(model)
+    process = subprocess.Popen(
+        command("download"), env=clean_environment(**settings), cwd="/",
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(model.glob(".cache/huggingface/download/*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert json.loads((model / ".kt-download.json").read_text())["complete"] is False
+    assert list(model.glob(".cache/huggingface/download/*.incomplete"))
+    hub.options.rate = None
+    assert run("download", **settings).returncode == 0
+    assert not list(model.glob(".cache/huggingface/download/*.incomplete"))
+    assert json.loads((model / ".kt-download.json").read_text())["complete"] is True
+
+
+def test_killed_during_an_update_is_no_model(
+    start_hub: Callable[..., LocalHub], tmp_path: Path
+) -> None:
+    """Files of two revisions are never taken for one model."""
+    hub = start_hub(SHARDS, SHARD_BYTES)
+    model = tmp_path / "model"
+    settings = hub.settings(model)
+    assert run("download", **settings).returncode == 0
+    old = hub.revision
+    for name in hub.needed:
+        if name.endswith(".safetensors"):
+            changed = bytearray((hub.folder / name).read_bytes())
+            changed[-1] ^= 1
+            (hub.folder / name).write_bytes(changed)
+    (hub.folder / "README.md").unlink()
+    hub.options.rate = 100_000
+    process = subprocess.Popen(
+        command("download"), env=clean_environment(**settings), cwd="/",
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(model.glob(".cache/huggingface/download/*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    marker = json.loads((model / ".kt-download.json").read_text())
+    assert marker["complete"] is False
+    refused = run("serve", **settings, KT_DEVICE="cpu", KT_CPUINFER="1", KT_PORT="39999")
+    assert refused.returncode == 2
+    assert "an unfinished download" in refused.stderr
+    hub.options.rate = None
+    assert run("download", **settings).returncode == 0
+    assert hub.revision != old
+    fresh = tmp_path / "fresh"
+    assert run("download", **hub.settings(fresh)).returncode == 0
+    assert content(model) == content(fresh)
