@@ -152,8 +152,9 @@ class Hub(ThreadingHTTPServer):
             raise UserError(f"--root {root} is not a folder; expected <root>/<organisation>/<name>")
         self.repositories = Repositories(root)
         self.options = options or HubOptions()
+        self.active_requests = 0
         self._log = log
-        self._log_lock = threading.Lock()
+        self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
         try:
             super().__init__((host, port), HubHandler)
@@ -169,16 +170,21 @@ class Hub(ThreadingHTTPServer):
 
     def may_drop(self) -> bool:
         """Return whether to cut the connection now, and count the cut."""
-        with self._log_lock:
+        with self._counting:
             if self.options.drop_times is None:
                 return True
             self.options.drop_times -= 1
             return self.options.drop_times >= 0
 
+    def count_active(self, change: int) -> None:
+        """Keep ``active_requests``, the number being answered (tests wait for 0)."""
+        with self._counting:
+            self.active_requests += change
+
     def record(self, line: str) -> None:
         """Write one line to the log, if there is one."""
         if self._log is not None:
-            with self._log_lock:
+            with self._counting:
                 print(line, file=self._log, flush=True)
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -211,12 +217,14 @@ class HubHandler(BaseHTTPRequestHandler):
         """Answer a GET (also a HEAD, which differs only in sending no body)."""
         self._sent = 0
         self._status = HTTPStatus.OK
+        self.server.count_active(+1)
         try:
             self._route(urlsplit(self.path).path)
         except HubError as error:
             self._send_error(error)
         finally:
             self.server.record(f"{self.command} {self.path} {self._status:d} {self._sent}")
+            self.server.count_active(-1)
 
     do_HEAD = do_GET
 
@@ -359,6 +367,13 @@ class HubHandler(BaseHTTPRequestHandler):
             self._sent = len(body)
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m examples.tiny.hub",
@@ -372,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--log", type=Path, help="append one line per request: method, path, status, bytes")
     add("--token", help="only this token may read files")
     add("--forbidden-token", help="a valid token without access to the files")
-    add("--rate", type=float, help="body bytes per second of each response")
+    add("--rate", type=_positive, help="body bytes per second of each response")
     add("--drop-after", type=int, help="cut each file's connection after so many bytes")
     add("--drop-times", type=int, help="with --drop-after: how many to cut (default: all)")
     return parser
@@ -385,11 +400,11 @@ def main(argv: list[str] | None = None) -> int:
         args.token, args.forbidden_token, args.rate, args.drop_after, args.drop_times
     )
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     try:
         log = args.log.open("a", encoding="utf-8") if args.log else None
         with Hub(args.root, args.host, args.port, options, log) as hub:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: stop.set())
             print(f"serving {args.root} at {hub.endpoint}", flush=True)
             if args.ready_file:
                 # Renamed into place, so that a waiting reader never sees half a URL.

@@ -40,8 +40,8 @@ def follower_strengths(vocab_size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     for (first, _), count in pairs.items():
         firsts[first] += count
     table = sorted((first, second, n / firsts[first]) for (first, second), n in pairs.items())
-    ids = np.array([row[:2] for row in table])
-    return ids[:, 0], ids[:, 1], np.sqrt(np.array([row[2] for row in table]))
+    first_ids, second_ids, probability = (np.array(column) for column in zip(*table, strict=True))
+    return first_ids, second_ids, np.sqrt(probability)
 
 
 def follower_head(embedding: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def tokenizer_config() -> dict[str, Any]:
         "eos_token": added(EOS),
         "legacy": True,
         "model_max_length": 131072,
-        "pad_token": added(PAD),
+        "pad_token": added(EOS),  # as published; PAD is in the vocabulary but unused
         "sp_model_kwargs": {},
         "unk_token": None,
         "tokenizer_class": "LlamaTokenizerFast",
