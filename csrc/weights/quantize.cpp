@@ -16,10 +16,17 @@ constexpr int8_t kInt4Tables[kNumTables][kTableLevels] = {
 #include "weights/int4_tables.inc"
 };
 
-// Row normalisation of both methods: the largest weight of a row becomes +-127.
-float absmax(const float* row, int64_t k) {
+// Scales the row so that its largest weight is +-127 and returns that weight's magnitude.
+float normalise_row(float* row, int64_t k) {
   float top = 0.0f;
   for (int64_t i = 0; i < k; ++i) top = std::max(top, std::fabs(row[i]));
+  if (top == 0.0f) return top;
+  const float inverse = 127.0f / top;
+  if (std::isfinite(inverse)) {
+    for (int64_t i = 0; i < k; ++i) row[i] *= inverse;
+  } else {  // near the subnormals the inverse overflows float
+    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<float>(row[i] * (127.0 / top));
+  }
   return top;
 }
 
@@ -126,9 +133,7 @@ void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
     for (int r = 0; r < kBlockRows; ++r) {
       float* row = rows.data() + r * layout.k;
       read_source_row(source, first + r, row);
-      top[r] = absmax(row, layout.k);
-      const float inverse = top[r] > 0.0f ? 127.0f / top[r] : 0.0f;
-      for (int64_t i = 0; i < layout.k; ++i) row[i] *= inverse;
+      top[r] = normalise_row(row, layout.k);
       normalised[r] = row;
     }
     const int64_t panel = first / kPanelRows;
@@ -152,11 +157,10 @@ void quantize_int8(const SourceMatrix& source, const ProjectionLayout& layout,
   std::vector<float> row(layout.k);
   for (int64_t n = 0; n < layout.n; ++n) {
     read_source_row(source, n, row.data());
-    const float top = absmax(row.data(), layout.k);
-    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    const float top = normalise_row(row.data(), layout.k);
     uint8_t* codes = out.codes + n / kPanelRows * layout.codes_per_panel() + n % kPanelRows * 4;
     for (int64_t i = 0; i < layout.k; ++i) {
-      const auto q = static_cast<int8_t>(std::nearbyint(row[i] * inverse));
+      const auto q = static_cast<int8_t>(std::nearbyint(row[i]));
       codes[i / 4 * 64 + i % 4] = static_cast<uint8_t>(q);
     }
     out.scales[n] = top / 127.0f;

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Callable
 
 import pytest
-from call_sites import WRAPPER_CLASS, Call, CallSites, extract
-from published_wheels import FORK_WHEEL, STOCK_WHEELS, PublishedWheel
 
 import kt_kernel
+from tests.contract.call_sites import WRAPPER_CLASS, Call, CallSites, extract
+from tests.contract.published_wheels import FORK_WHEEL, STOCK_WHEELS, PublishedWheel
 
 ALL_WHEELS = (*STOCK_WHEELS, FORK_WHEEL)
 INFERENCE_METHODS = {"load_weights", "submit_forward", "sync_forward"}

@@ -4,7 +4,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from call_sites import WRAPPER_MODULE, CallSites, extract
+
+from tests.contract.call_sites import WRAPPER_MODULE, CallSites, extract
 
 SOURCE = """
 try:

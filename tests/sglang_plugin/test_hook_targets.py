@@ -4,11 +4,10 @@ import ast
 import inspect
 
 import pytest
-from wheel_source import find, is_registered  # adds tests/contract to the path
 
 from kt_kernel.sglang_plugin.hooks import HOOKS, Hook
-
-from published_wheels import PLUGIN_WHEELS, PublishedWheel  # isort: skip
+from tests.contract.published_wheels import PLUGIN_WHEELS, PublishedWheel
+from tests.sglang_plugin.wheel_source import find, is_registered
 
 
 def name_of(hook: Hook) -> str:

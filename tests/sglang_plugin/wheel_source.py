@@ -1,12 +1,9 @@
 """Look a dotted path up in a wheel's source, without importing it."""
 
 import ast
-import sys
 import zipfile
 from functools import cache
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "contract"))
 
 
 @cache

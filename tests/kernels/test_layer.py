@@ -1,0 +1,209 @@
+"""A layer's result on every target: against the definition, and against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests import reference
+from tests.conftest import INTEGER_TARGETS
+from tests.layers import THREADS, RandomLayer, random_batch
+from tests.shapes import LAYERS, TOKENS, LayerShape
+
+SHAPE = LAYERS[0]
+
+# Kernel and reference do the same integer sums; they differ in float rounding, and where rounding
+# moves an intermediate across a quantisation step, by one step in one column of one row.
+TIGHT = 3e-4
+
+
+def expected(layer: RandomLayer, method: str, x, ids, weights, skip=()) -> np.ndarray:
+    experts = {e: w for e, w in layer.packed(method).items() if e not in skip}
+    return reference.moe(x.float().numpy(), ids.numpy(), weights.numpy(), experts, True)
+
+
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+def test_matches_definition(target: str, method: str, shape: LayerShape) -> None:
+    layer = RandomLayer(shape)
+    wrapper = layer.wrapper(method)
+    for tokens in TOKENS:
+        x, ids, weights = random_batch(shape, tokens, seed=tokens)
+        found = wrapper.forward(x, ids, weights, 0)
+        assert found.dtype == torch.float32
+        assert found.shape == x.shape
+        want = expected(layer, method, x, ids, weights)
+        assert reference.relative_error(found, want) < TIGHT, tokens
+
+
+@pytest.mark.parametrize("shape", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_targets_agree_to_the_bit(
+    monkeypatch: pytest.MonkeyPatch, method: str, shape: LayerShape, dtype: torch.dtype
+) -> None:
+    assert len(INTEGER_TARGETS) > 1, "only one target runs here: nothing was compared"
+    layer = RandomLayer(shape, student_t=True)
+    results = {}
+    for target in INTEGER_TARGETS:
+        monkeypatch.setenv("KT_TARGET", target)
+        wrapper = layer.wrapper(method)
+        results[target] = [
+            wrapper.forward(*random_batch(shape, tokens, tokens, dtype), 0) for tokens in TOKENS
+        ]
+    for target in INTEGER_TARGETS:
+        for found, want in zip(results[target], results["scalar"], strict=True):
+            assert torch.equal(found, want), target
+
+
+def test_reference_target_is_exact(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Float activations: what remains is float32 rounding of the intermediate."""
+    monkeypatch.setenv("KT_TARGET", "reference")
+    layer = RandomLayer(SHAPE)
+    x, ids, weights = random_batch(SHAPE, 9)
+    found = layer.wrapper(method).forward(x, ids, weights, 0)
+    want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), layer.packed(method), False)
+    assert reference.relative_error(found, want) < 2e-7
+
+
+# Error of the whole layer against the unpacked weights (docs/weight-format.md), activations in int8.
+@pytest.mark.parametrize(
+    ("method", "student_t", "bound"),
+    [
+        ("AMXINT4", False, 0.150),
+        ("AMXINT4", True, 0.180),
+        ("AMXINT8", False, 0.030),
+        ("AMXINT8", True, 0.042),
+    ],
+)
+def test_format_error(method: str, student_t: bool, bound: float) -> None:
+    shape = LayerShape(2, 2, 2048, 1024)
+    layer = RandomLayer(shape, student_t=student_t)
+    x, ids, weights = random_batch(shape, 16)
+    found = layer.wrapper(method).forward(x, ids, weights, 0)
+    want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), layer.original(), False)
+    error = reference.relative_error(found, want)
+    assert bound / 2 < error < bound
+
+
+def test_padding_and_gpu_experts_are_skipped(target: str, method: str) -> None:
+    layer = RandomLayer(SHAPE)
+    wrapper = layer.wrapper(method, num_gpu_experts=3)
+    x, ids, weights = random_batch(SHAPE, 33)
+    ids[5, 1] = -1
+    ids[6] = -1
+    ids[7] = torch.tensor([0, 2])
+    found = wrapper.forward(x, ids, weights, 0)
+    want = expected(layer, method, x, ids, weights, skip=(0, 1, 2))
+    assert reference.relative_error(found, want) < TIGHT
+    assert torch.all(found[6] == 0)
+    assert torch.all(found[7] == 0)
+
+
+def test_mask_may_change_between_calls(method: str) -> None:
+    layer = RandomLayer(SHAPE)
+    wrapper = layer.wrapper(method, gpu_experts_mask=torch.arange(8) >= 6)
+    x, ids, weights = random_batch(SHAPE, 20)
+    for gpu in ((6, 7), (0, 3), ()):
+        wrapper.gpu_experts_mask.copy_(torch.isin(torch.arange(8), torch.tensor(gpu)))
+        found = wrapper.forward(x, ids, weights, 0)
+        want = expected(layer, method, x, ids, weights, skip=gpu)
+        assert reference.relative_error(found, want) < TIGHT
+
+
+def test_all_tokens_on_one_expert(target: str, method: str) -> None:
+    shape = LayerShape(8, 1, 256, 192)
+    layer = RandomLayer(shape)
+    x, _, weights = random_batch(shape, 100)
+    ids = torch.full((100, 1), 5, dtype=torch.int32)
+    found = layer.wrapper(method).forward(x, ids, weights, 0)
+    assert reference.relative_error(found, expected(layer, method, x, ids, weights)) < TIGHT
+
+
+def test_no_tokens_and_nothing_for_the_cpu(target: str) -> None:
+    wrapper = RandomLayer(SHAPE).wrapper("AMXINT4")
+    x, ids, weights = random_batch(SHAPE, 4)
+    assert wrapper.forward(x[:0], ids[:0], weights[:0], 0).shape == (0, SHAPE.hidden_size)
+    assert torch.all(wrapper.forward(x, torch.full_like(ids, -1), weights, 0) == 0)
+
+
+def test_inputs_may_be_overwritten_after_submit(method: str) -> None:
+    """SGLang masks topk_ids in place between submit and sync."""
+    wrapper = RandomLayer(SHAPE).wrapper(method)
+    x, ids, weights = random_batch(SHAPE, 50)
+    want = wrapper.forward(x.clone(), ids.clone(), weights.clone(), 0)
+    wrapper.submit_forward(x, ids, weights, 0)
+    x.fill_(float("nan"))
+    ids.fill_(-1)
+    weights.zero_()
+    assert torch.equal(wrapper.sync_forward(x, 0), want)
+
+
+def test_layers_share_the_threads_and_alternate(method: str) -> None:
+    """Growing and shrinking batches on two layers with both calls pending at once."""
+    other = LayerShape(5, 3, 128, 320)
+    first, second = RandomLayer(SHAPE, 1), RandomLayer(other, 2)
+    a, b = first.wrapper(method), second.wrapper(method)
+    for tokens in (1, 70, 3, 200, 1):
+        batch_a, batch_b = random_batch(SHAPE, tokens), random_batch(other, 2 * tokens)
+        a.submit_forward(*batch_a, 0)
+        b.submit_forward(*batch_b, 0)
+        found_b, found_a = b.sync_forward(batch_b[0], 0), a.sync_forward(batch_a[0], 0)
+        assert torch.equal(found_a, a.forward(*batch_a, 0))
+        assert reference.relative_error(found_a, expected(first, method, *batch_a)) < TIGHT
+        assert reference.relative_error(found_b, expected(second, method, *batch_b)) < TIGHT
+
+
+def test_thread_and_pool_counts_do_not_change_bits(method: str) -> None:
+    layer = RandomLayer(SHAPE)
+    batch = random_batch(SHAPE, 40)
+    want = layer.wrapper(method, threads=1).forward(*batch, 0)
+    for threads, pools in [(t, p) for t in range(1, THREADS + 1) for p in (1, 2)] + [(60, 2)]:
+        found = layer.wrapper(method, threads=threads, threadpool_count=pools).forward(*batch, 0)
+        assert torch.equal(found, want), (threads, pools)
+
+
+def test_int64_ids_and_strided_inputs() -> None:
+    wrapper = RandomLayer(SHAPE).wrapper("AMXINT8")
+    x, ids, weights = random_batch(SHAPE, 6)
+    want = wrapper.forward(x, ids, weights, 0)
+    wide = torch.stack([x, x], dim=1).reshape(6, -1)[:, : SHAPE.hidden_size]
+    assert not wide.is_contiguous()
+    assert torch.equal(wrapper.forward(wide, ids.long(), weights.t().contiguous().t(), 0), want)
+
+
+def test_expert_map_moves_experts(method: str) -> None:
+    layer = RandomLayer(SHAPE)
+    wrapper = layer.wrapper(method)
+    batch = random_batch(SHAPE, 12)
+    want = wrapper.forward(*batch, 0)
+    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.down, order)
+    moved = torch.argsort(order).int()[batch[1].long()]
+    found = wrapper.forward(batch[0], moved, batch[2], 0)
+    # Sums over experts run in slot order, which the map changes.
+    assert reference.relative_error(found, want.double().numpy()) < 1e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_show_in_their_row_only(target: str, value: float) -> None:
+    wrapper = RandomLayer(SHAPE).wrapper("AMXINT4")
+    x, ids, weights = random_batch(SHAPE, 10)
+    want = wrapper.forward(x, ids, weights, 0)
+    x[4, 77] = value
+    found = wrapper.forward(x, ids, weights, 0)
+    assert torch.all(torch.isnan(found[4]))
+    assert torch.equal(found[:4], want[:4])
+    assert torch.equal(found[5:], want[5:])
+
+
+def test_zero_activations_give_zero(target: str, method: str) -> None:
+    wrapper = RandomLayer(SHAPE).wrapper(method)
+    x, ids, weights = random_batch(SHAPE, 3)
+    assert torch.all(wrapper.forward(torch.zeros_like(x), ids, weights, 0) == 0)
+
+
+def test_repeated_calls_give_the_same_bits(method: str) -> None:
+    wrapper = RandomLayer(SHAPE).wrapper(method)
+    batch = random_batch(SHAPE, 5)
+    want = wrapper.forward(*batch, 0)
+    assert all(torch.equal(wrapper.forward(*batch, 0), want) for _ in range(300))

@@ -1,0 +1,25 @@
+"""Shapes that kernels are tested on, in one place."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LayerShape(NamedTuple):
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+
+
+# Multiples of 64 that are not multiples of 128, H < I and H > I, one expert, all experts.
+LAYERS = [
+    LayerShape(8, 2, 256, 192),
+    LayerShape(4, 4, 64, 64),
+    LayerShape(1, 1, 192, 448),
+    LayerShape(16, 8, 448, 64),
+    LayerShape(5, 3, 128, 320),
+]
+
+# Around every target's block of tokens (4, 2, 8), one token, and many.
+TOKENS = [1, 2, 3, 7, 8, 9, 17, 64]
