@@ -1,0 +1,205 @@
+"""Proof that a written layer file holds what it should, before it gets its final name.
+
+The file is opened with the public safetensors library, and the source is decoded here with numpy,
+so the reader, the layout and the extension's decoding are checked against code that is not ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from convert.checkpoint import Checkpoint, ExpertProjection
+from convert.model_config import FP8_BLOCK
+from convert.quantize import quantize_projection
+from convert.workers import StopRequest, run_all
+from convert.writer import CHECKSUMS_KEY, hash_range
+from kt_kernel import _ext
+from kt_kernel.errors import UserError
+from kt_kernel.packed import PROJECTIONS, PackedLayout, check_layer_header, read_header
+
+#: Relative Frobenius error of a quantised matrix that cannot be the quantiser's doing. Measured:
+#: 0.08 (int4) and 0.007 to 0.009 (int8) on Gaussian weights, 0.09 and 0.011 on Student-t(5); a
+#: wrong expert or layout gives 1 and more.
+ERROR_LIMITS = {"int4": 0.3, "int8": 0.02}
+
+
+_ADVICE = "the file is wrong; check disk and memory of this host and run the same command again"
+
+
+def decode_fp8_e4m3(bits: np.ndarray) -> np.ndarray:
+    """uint8 bit patterns of float8 e4m3fn -> float32 (0x7f and 0xff are nan, there is no inf)."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    magnitude = np.where(
+        exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0)
+    )
+    magnitude[(codes & 0x7F) == 0x7F] = np.nan
+    table = np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    return table[bits]
+
+
+def source_weights(checkpoint: Checkpoint, item: ExpertProjection, input_type: str) -> np.ndarray:
+    """One matrix of the source as float32 [N, K]."""
+    bits = checkpoint.read(item.weight)
+    if input_type == "bf16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if input_type == "fp16":
+        return bits.view(np.float16).astype(np.float32)
+    rows, columns = bits.shape
+    scale = checkpoint.read(item.scale)
+    scale = scale.repeat(FP8_BLOCK[0], axis=0)[:rows].repeat(FP8_BLOCK[1], axis=1)[:, :columns]
+    return decode_fp8_e4m3(bits) * scale
+
+
+def relative_error(values: np.ndarray, reference: np.ndarray) -> float:
+    """Frobenius norm of the difference over that of the reference; 0 if both are all zeros."""
+    largest = float(np.abs(reference).max())
+    if largest == 0:
+        return math.inf if values.any() else 0.0
+    # Scaled first: the squares of large weights would overflow float32.
+    norm = float(np.linalg.norm(reference / largest))
+    return float(np.linalg.norm((values - reference) / largest)) / norm
+
+
+def error_limit(reference: np.ndarray, method: str) -> float:
+    """The largest relative error that quantisation can explain for these weights.
+
+    The levels of a row are whole multiples of (largest magnitude / 127), so a row with one large
+    outlier keeps little of its other weights, in INT8 as in INT4: half such a step for each weight
+    is added to the method's limit.
+    """
+    row_largest = np.abs(reference).max(axis=1)
+    largest = float(row_largest.max())
+    if largest == 0:
+        return 0.0
+    half_steps = float(np.linalg.norm(row_largest / largest)) / 127 / 2
+    floor = half_steps * math.sqrt(reference.shape[1])
+    return math.hypot(ERROR_LIMITS[method], floor / float(np.linalg.norm(reference / largest)))
+
+
+def sample_experts(layer_idx: int, num_experts: int) -> list[int]:
+    """The experts that are checked against the source: first, last, and one that varies."""
+    return sorted({0, num_experts - 1, layer_idx * 31 % num_experts})
+
+
+def verify_layer_file(
+    path: Path,
+    layer_idx: int,
+    layout: PackedLayout,
+    checkpoint: Checkpoint,
+    input_type: str,
+    pool: ThreadPoolExecutor,
+    stop: StopRequest,
+) -> tuple[str, float]:
+    """Check a layer file against its layout and a sample of its experts against the source.
+
+    Returns:
+        SHA-256 of the whole file, as read back, and the mean relative error of the sample.
+
+    Raises:
+        UserError: names the file, the tensor and what is wrong.
+    """
+    check_with_safetensors(path, layout, layer_idx)
+    errors: list[float] = []
+    digests: list[str] = []
+
+    def check_item(item: ExpertProjection) -> None:
+        _check_place(path, layout, checkpoint, item, input_type)
+        reference = source_weights(checkpoint, item, input_type)
+        error = relative_error(read_packed(path, layout, item), reference)
+        limit = error_limit(reference, layout.method)
+        if not error <= limit:
+            raise UserError(
+                f"{path}: {item.weight} differs from the source by {error:.3f} (relative "
+                f"Frobenius error), expected at most {limit:.3f}: {_ADVICE}"
+            )
+        errors.append(error)
+
+    def hash_file() -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            digests.append(hash_range(fd, 0, os.fstat(fd).st_size, stop))
+        except OSError as error:
+            raise UserError(f"cannot read {path} back: {error.strerror}") from None
+        finally:
+            os.close(fd)
+
+    sample = [
+        ExpertProjection(layer_idx, expert, projection)
+        for expert in sample_experts(layer_idx, layout.num_experts)
+        for projection in PROJECTIONS
+    ]
+    run_all(pool, [hash_file, *(functools.partial(check_item, item) for item in sample)], stop)
+    return digests[0], sum(errors) / len(errors)
+
+
+def _check_place(
+    path: Path,
+    layout: PackedLayout,
+    checkpoint: Checkpoint,
+    item: ExpertProjection,
+    input_type: str,
+) -> None:
+    """Quantise the matrix once more: exactly these bytes must be at this expert's place.
+
+    The error alone would not notice two experts' scales exchanged: they differ by a few per cent.
+    """
+    parts = quantize_projection(checkpoint, item, input_type, layout.method)
+    with safe_open(path, framework="numpy") as file:
+        for part, values in parts.items():
+            stored = file.get_slice(f"{item.projection}.{part}")[item.expert]
+            if stored.tobytes() != values.tobytes():
+                raise UserError(
+                    f"{path}: {item.projection}.{part} of expert {item.expert} is not what "
+                    f"{item.weight} gives: {_ADVICE}"
+                )
+
+
+def check_with_safetensors(path: Path, layout: PackedLayout, layer_idx: int) -> None:
+    """Open a layer file with our reader and with the public one, and compare all shapes.
+
+    Raises:
+        UserError: either cannot read it, or it is not the file that the layout describes.
+    """
+    check_layer_header(read_header(path), layout, layer_idx)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {
+                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+                for name in file.keys()  # noqa: SIM118 (not a dict, has no __iter__)
+            }
+            checksums = (file.metadata() or {}).get(CHECKSUMS_KEY)
+    except Exception as error:  # safetensors' own error class is not exported as a base class
+        raise UserError(f"{path} cannot be read back with safetensors: {error}") from None
+    expected = {name: (spec.dtype, spec.shape) for name, spec in layout.tensors().items()}
+    if found != expected or not checksums:
+        raise UserError(f"{path} was not written correctly: it holds {found}, expected {expected}")
+
+
+def read_packed(path: Path, layout: PackedLayout, item: ExpertProjection) -> np.ndarray:
+    """One matrix of a layer file, dequantised to float32 [N, K]."""
+    n, k = layout.projection_shape(item.projection)
+    with safe_open(path, framework="numpy") as file:
+
+        def expert_slice(part: str) -> np.ndarray:
+            return np.ascontiguousarray(file.get_slice(f"{item.projection}.{part}")[item.expert])
+
+        index = tables = None
+        if layout.method == "int4":
+            index, tables = expert_slice("table_index"), file.get_tensor("tables")
+        return _ext.dequantize_projection(
+            expert_slice("codes").view(np.uint8),
+            expert_slice("scales"),
+            index,
+            tables,
+            n,
+            k,
+            layout.method,
+        )

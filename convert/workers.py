@@ -1,0 +1,138 @@
+"""The worker threads: how many, where they run, and how they stop.
+
+The output does not depend on any of it: every task writes its own bytes at its own place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+_SYSFS_NODES = Path("/sys/devices/system/node")
+_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+class Stopped(Exception):
+    """The run was asked to stop (SIGINT or SIGTERM).
+
+    Attributes:
+        signum: the signal that asked.
+        finished: how much is finished, for people; empty before the first layer.
+    """
+
+    def __init__(self, signum: int, finished: str = "") -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+        self.finished = finished
+
+
+class StopRequest:
+    """Set by a signal handler, asked by the workers between two pieces of work."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    def check(self) -> None:
+        """Raises :class:`Stopped` if the run was asked to stop."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+
+def default_thread_count(cpu_max: Path = _CGROUP_CPU_MAX) -> int:
+    """CPUs this process may use: its affinity mask, and no more than its cgroup's CPU quota."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = cpu_max.read_text().split()
+        count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no cgroup v2 here, or "max": no quota
+    return max(1, count)
+
+
+def node_cpus(sysfs: Path = _SYSFS_NODES) -> list[set[int]]:
+    """The usable CPUs of each NUMA node that has any; one set of all of them if unknown."""
+    usable = os.sched_getaffinity(0)
+    nodes = []
+    for node in sorted(sysfs.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        try:
+            cpus = parse_cpu_list((node / "cpulist").read_text()) & usable
+        except (OSError, ValueError):
+            return [usable]
+        if cpus:
+            nodes.append(cpus)
+    return nodes or [usable]
+
+
+def parse_cpu_list(text: str) -> set[int]:
+    """``0-3,8`` -> {0, 1, 2, 3, 8}.
+
+    Raises:
+        ValueError: the text is not a list of that form.
+    """
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def worker_pool(threads: int, nodes: int) -> ThreadPoolExecutor:
+    """A pool of ``threads`` workers, spread evenly over the first ``nodes`` NUMA nodes.
+
+    On a machine with one node, or with ``nodes`` 1, the workers are not bound to anything.
+    """
+    places = node_cpus()[:nodes]
+    numbers = itertools.count()
+    lock = threading.Lock()
+
+    def bind() -> None:
+        with lock:
+            number = next(numbers)
+        if len(places) > 1:
+            # 0 is the calling thread: Linux sets the affinity of threads, not of processes.
+            os.sched_setaffinity(0, places[number % len(places)])
+
+    return ThreadPoolExecutor(threads, thread_name_prefix="convert", initializer=bind)
+
+
+def run_all(
+    pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], stop: StopRequest
+) -> None:
+    """Run all tasks and wait for them; after the first failure no further task is started.
+
+    When this returns or raises, no task is running any more, so the file that the tasks write to
+    may be closed.
+
+    Raises:
+        Stopped: a stop was requested.
+        Exception: what the first failed task raised.
+    """
+
+    failed = threading.Event()
+
+    def guarded(task: Callable[[], None]) -> None:
+        if failed.is_set():
+            return
+        try:
+            stop.check()
+            task()
+        except BaseException:
+            failed.set()
+            raise
+
+    futures = [pool.submit(guarded, task) for task in tasks]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+    stop.check()

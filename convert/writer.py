@@ -1,0 +1,200 @@
+"""Writes one layer file piece by piece, in any order, from several threads.
+
+The public safetensors library can only write a file from tensors that are all in memory; a layer of
+V3.2 has 5.8 GB. The sizes are known beforehand, so the file is allocated in full, each expert's
+slice goes to its place, and the header, which carries the checksums, comes last: until then the
+file is not readable as safetensors at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from convert.durable import named_write_errors, sync_directory, write_fully
+from convert.workers import StopRequest, run_all
+from kt_kernel.packed import DATA_ALIGNMENT, PackedLayout
+
+TEMPORARY_SUFFIX = ".tmp"
+#: Metadata key of the checksums: JSON, tensor name -> SHA-256 of the tensor's bytes.
+CHECKSUMS_KEY = "tensor_sha256"
+
+_CHUNK = 8 << 20
+_NUMPY_TYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32}
+
+
+def header_bytes(
+    layout: PackedLayout, metadata: dict[str, str], checksums: dict[str, str]
+) -> bytes:
+    """The file's bytes before the tensor data: size prefix and padded JSON.
+
+    Padded with spaces, which the format allows, so that the data starts at a multiple of
+    ``DATA_ALIGNMENT`` bytes. The length does not depend on the values of the checksums.
+    """
+    described: dict[str, object] = {
+        "__metadata__": {**metadata, CHECKSUMS_KEY: json.dumps(checksums)}
+    }
+    offset = 0
+    for name, spec in layout.tensors().items():
+        described[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_bytes(layout: PackedLayout, metadata: dict[str, str]) -> int:
+    """Size in bytes of the layer file."""
+    blank = dict.fromkeys(layout.tensors(), "0" * 64)
+    data = sum(spec.nbytes for spec in layout.tensors().values())
+    return len(header_bytes(layout, metadata, blank)) + data
+
+
+def hash_range(fd: int, begin: int, end: int, stop: StopRequest) -> str:
+    """SHA-256 of a byte range of a file.
+
+    Raises:
+        Stopped: a stop was requested meanwhile.
+        OSError: reading failed, or the file ends before ``end``.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(min(_CHUNK, max(1, end - begin)))
+    view = memoryview(buffer)
+    while begin < end:
+        stop.check()
+        count = os.preadv(fd, [view[: min(len(view), end - begin)]], begin)
+        if count == 0:
+            raise OSError(errno.EIO, "the file is shorter than it should be")
+        digest.update(view[:count])
+        begin += count
+    return digest.hexdigest()
+
+
+class LayerWriter:
+    """Context manager around ``<final name>.tmp``; leaving it unpublished removes the file.
+
+    Args:
+        final: path the file gets when it is published.
+        layout: dimensions and method of the layer.
+        metadata: the header's metadata but for the checksums.
+
+    Raises:
+        UserError: no space, or the file cannot be written.
+    """
+
+    def __init__(self, final: Path, layout: PackedLayout, metadata: dict[str, str]) -> None:
+        self.final = final
+        self.temporary = final.with_name(final.name + TEMPORARY_SUFFIX)
+        self._layout = layout
+        self._metadata = metadata
+        self._specs = layout.tensors()
+        self.size = file_bytes(layout, metadata)
+        offset = self.size - sum(spec.nbytes for spec in self._specs.values())
+        self._begins: dict[str, int] = {}
+        for name, spec in self._specs.items():
+            self._begins[name] = offset
+            offset += spec.nbytes
+        self._missing = {
+            (name, expert)
+            for name, spec in self._specs.items()
+            for expert in (range(layout.num_experts) if name != "tables" else (-1,))
+        }
+        self._missing_lock = threading.Lock()
+        self._fd = -1
+        self._published = False
+
+    def __enter__(self) -> LayerWriter:
+        with named_write_errors(self.final):
+            try:
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                self._fd = os.open(self.temporary, flags, 0o644)
+                self._allocate()
+            except OSError:
+                self._discard()
+                raise
+        return self
+
+    def _allocate(self) -> None:
+        try:
+            # Takes the blocks now: a full disk is found before the work and not after it.
+            os.posix_fallocate(self._fd, 0, self.size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            os.ftruncate(self._fd, self.size)
+
+    def write_expert(self, name: str, expert: int, values: np.ndarray) -> None:
+        """Write one expert's slice of a tensor; may be called from any thread, once per slice."""
+        spec = self._specs[name]
+        self._write(name, expert, values, spec.shape[1:], expert * spec.nbytes // spec.shape[0])
+
+    def write_tensor(self, name: str, values: np.ndarray) -> None:
+        """Write a tensor that is not per expert: ``tables``."""
+        self._write(name, -1, values, self._specs[name].shape, 0)
+
+    def _write(
+        self, name: str, expert: int, values: np.ndarray, shape: tuple[int, ...], offset: int
+    ) -> None:
+        dtype = _NUMPY_TYPES[self._specs[name].dtype]
+        if values.shape != shape or values.dtype.itemsize != np.dtype(dtype).itemsize:
+            raise RuntimeError(
+                f"{name}: got {values.dtype} {values.shape}, the layout says {dtype} {shape}"
+            )
+        with self._missing_lock:
+            self._missing.remove((name, expert))
+        raw = np.ascontiguousarray(values).data.cast("B")
+        with named_write_errors(self.final):
+            write_fully(self._fd, raw, self._begins[name] + offset)
+
+    def seal(self, pool: ThreadPoolExecutor, stop: StopRequest) -> None:
+        """Write the header with the checksums and flush the file to the disk.
+
+        Raises:
+            UserError: writing or flushing failed.
+            RuntimeError: a slice was never written.
+        """
+        if self._missing:
+            raise RuntimeError(f"{self.final}: never written: {sorted(self._missing)[:3]} ...")
+        checksums: dict[str, str] = dict.fromkeys(self._specs, "")
+
+        def hash_tensor(name: str) -> None:
+            begin = self._begins[name]
+            checksums[name] = hash_range(self._fd, begin, begin + self._specs[name].nbytes, stop)
+
+        with named_write_errors(self.final):
+            run_all(pool, [functools.partial(hash_tensor, name) for name in self._specs], stop)
+            header = header_bytes(self._layout, self._metadata, checksums)
+            write_fully(self._fd, memoryview(header), 0)
+            os.fsync(self._fd)
+
+    def publish(self) -> None:
+        """Give the file its final name, durably."""
+        with named_write_errors(self.final):
+            self.temporary.replace(self.final)
+            self._published = True
+            sync_directory(self.final.parent)
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if not self._published:
+            with contextlib.suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+
+    def __exit__(self, *_: object) -> None:
+        self._discard()

@@ -1,0 +1,126 @@
+"""Thread counts, NUMA nodes and the way tasks stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from convert import workers
+from convert.workers import (
+    Stopped,
+    StopRequest,
+    default_thread_count,
+    node_cpus,
+    parse_cpu_list,
+    run_all,
+    worker_pool,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5", {5}), ("\n", set()), ("0-1,4-5", {0, 1, 4, 5})],
+)
+def test_parse_cpu_list(text: str, expected: set[int]) -> None:
+    assert parse_cpu_list(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "1-b", "-"])
+def test_parse_cpu_list_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        parse_cpu_list(text)
+
+
+def test_default_thread_count_respects_affinity_and_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    quota = tmp_path / "cpu.max"
+    assert default_thread_count(quota) == 8  # no such file
+    quota.write_text("max 100000\n")
+    assert default_thread_count(quota) == 8
+    quota.write_text("250000 100000\n")
+    assert default_thread_count(quota) == 3
+    quota.write_text("5000 100000\n")
+    assert default_thread_count(quota) == 1
+
+
+def make_nodes(sysfs: Path, *cpu_lists: str) -> Path:
+    for number, cpus in enumerate(cpu_lists):
+        (sysfs / f"node{number}").mkdir(parents=True)
+        (sysfs / f"node{number}" / "cpulist").write_text(cpus + "\n")
+    return sysfs
+
+
+def test_node_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5, 6})
+    # Node 2 has memory only, node 1 has CPUs this process may not use, too.
+    sysfs = make_nodes(tmp_path / "node", "0-3", "4-7", "")
+    assert node_cpus(sysfs) == [{0, 1}, {5, 6}]
+    assert node_cpus(tmp_path / "nothing") == [{0, 1, 5, 6}]
+    (tmp_path / "node" / "node0" / "cpulist").write_text("what")
+    assert node_cpus(sysfs) == [{0, 1, 5, 6}]
+
+
+def test_workers_are_spread_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[set[int]] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: bound.append(cpus))
+    monkeypatch.setattr(workers, "node_cpus", lambda: [{0}, {1}, {2}])
+    everyone = threading.Barrier(4)
+    with worker_pool(4, nodes=2) as pool:
+        run_all(pool, [lambda: everyone.wait(10)] * 4, StopRequest())  # type: ignore[list-item]
+    assert sorted(map(sorted, bound)) == [[0], [0], [1], [1]]
+    bound.clear()
+    with worker_pool(2, nodes=1) as pool:
+        run_all(pool, [lambda: None] * 4, StopRequest())
+    assert bound == []
+
+
+def test_run_all_starts_nothing_after_a_failure() -> None:
+    ran: list[int] = []
+
+    def task(number: int) -> None:
+        ran.append(number)
+        if number == 2:
+            raise KeyError("two")
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(KeyError, match="two"):
+        run_all(pool, [lambda n=n: task(n) for n in range(100)], StopRequest())  # type: ignore[misc]
+    assert ran == [0, 1, 2]
+
+
+def test_run_all_waits_for_running_tasks() -> None:
+    finished = threading.Event()
+    release = threading.Event()
+
+    def slow() -> None:
+        release.wait(10)
+        finished.set()
+
+    def fail() -> None:
+        threading.Timer(0.1, release.set).start()
+        raise KeyError("failed")
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(KeyError):
+        run_all(pool, [slow, fail], StopRequest())
+    assert finished.is_set()
+
+
+def test_run_all_stops_on_request() -> None:
+    stop = StopRequest()
+    ran: list[int] = []
+
+    def task(number: int) -> None:
+        ran.append(number)
+        if number == 3:
+            stop.signum = signal.SIGTERM
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Stopped) as stopped:
+        run_all(pool, [lambda n=n: task(n) for n in range(50)], stop)  # type: ignore[misc]
+    assert ran == [0, 1, 2, 3]
+    assert stopped.value.signum == signal.SIGTERM
