@@ -32,11 +32,14 @@ class Buffer {
   void reserve(size_t bytes) {
     if (bytes <= bytes_) return;
     Buffer fresh;
-    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    // A small buffer gains nothing from a huge page, and zeroing one costs more than its use.
+    const size_t page = bytes < 2 * kHugePage ? kSmallPage : kHugePage;
+    const size_t rounded = (bytes + page - 1) / page * page;
     void* memory =
         mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) fail_runtime("out of memory: ", rounded, " bytes were refused");
-    madvise(memory, rounded, MADV_HUGEPAGE);  // advice only: a refusal costs speed, not results
+    // Advice only: a refusal costs speed, not results.
+    if (page == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
     fresh.data_ = memory;
     fresh.bytes_ = rounded;
     swap(fresh);
@@ -51,6 +54,7 @@ class Buffer {
   }
 
  private:
+  static constexpr size_t kSmallPage = size_t{4} << 10;
   static constexpr size_t kHugePage = size_t{2} << 20;
 
   void swap(Buffer& other) noexcept {

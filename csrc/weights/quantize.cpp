@@ -39,6 +39,7 @@ float normalise_row(float* row, int64_t k) {
 // in a fixed order for each table, so the choice is the same on every ISA.
 
 constexpr int kBins = 1024;
+constexpr int kBlockWeights = kBlockRows * kBlockK;
 
 // Finer near zero, where the levels of small-scale tables are close: bin = 512 + 512 sign
 // sqrt|x/127|.
@@ -86,14 +87,43 @@ const TableSearch& table_search() {
   return search;
 }
 
-// The table with the least error for 64 normalised weights.
-int best_table(const TableSearch& search, const float (&block)[kBlockRows * kBlockK]) {
-  float total[kNumTables] = {};
-  for (float x : block) {
-    const float* errors = (*search.errors)[bin_of(x)].data();
-    for (int t = 0; t < kNumTables; ++t) total[t] += errors[t];
+// Wider vectors where the CPU has them: lanes are independent tables, so the result is the same.
+#define KT_WIDE_VECTORS __attribute__((target_clones("avx512f", "avx2", "default")))
+
+// Explicit vectors: left to itself the compiler adds one table at a time.
+using Floats16 = float __attribute__((vector_size(64), aligned(4), may_alias));
+
+// totals[t] = sum of the block's errors under table t, a group of tables at a time in registers.
+KT_WIDE_VECTORS
+void sum_errors(const float* errors, const int32_t (&bins)[kBlockWeights],
+                float (&totals)[kNumTables]) {
+  constexpr int kLanes = 16, kVectors = 4;
+  for (int first = 0; first < kNumTables; first += kLanes * kVectors) {
+    Floats16 sums[kVectors] = {};
+    for (int32_t bin : bins) {
+      const auto* row = reinterpret_cast<const Floats16*>(errors + bin * kNumTables + first);
+      for (int v = 0; v < kVectors; ++v) sums[v] += row[v];
+    }
+    std::memcpy(totals + first, sums, sizeof sums);
   }
-  return static_cast<int>(std::min_element(total, total + kNumTables) - total);
+}
+
+// The table with the least error for 64 normalised weights.
+int best_table(const TableSearch& search, const float (&block)[kBlockWeights]) {
+  int32_t bins[kBlockWeights];
+  for (int i = 0; i < kBlockWeights; ++i) bins[i] = bin_of(block[i]);
+  float totals[kNumTables];
+  sum_errors((*search.errors)[0].data(), bins, totals);
+  return static_cast<int>(std::min_element(totals, totals + kNumTables) - totals);
+}
+
+// codes[i] = the level of the table that is nearest to block[i].
+KT_WIDE_VECTORS
+void nearest_codes(const float (&thresholds)[kTableLevels - 1], const float (&block)[kBlockWeights],
+                   int32_t (&codes)[kBlockWeights]) {
+  std::fill_n(codes, kBlockWeights, 0);
+  for (float threshold : thresholds)
+    for (int i = 0; i < kBlockWeights; ++i) codes[i] += block[i] > threshold;
 }
 
 // rows[4] are normalised; writes the lane's index bytes and nibbles of one panel, and adds each
@@ -102,15 +132,17 @@ void encode_lane(const TableSearch& search, const float* const (&rows)[kBlockRow
                  int lane, uint8_t* codes, uint8_t* index, double (&wq)[kBlockRows],
                  double (&qq)[kBlockRows]) {
   for (int64_t b = 0; b < k / kBlockK; ++b) {
-    float block[kBlockRows * kBlockK];
+    float block[kBlockWeights];
     for (int r = 0; r < kBlockRows; ++r)
       std::copy_n(rows[r] + b * kBlockK, kBlockK, block + r * kBlockK);
     const int table = best_table(search, block);
     index[4 * b + lane] = static_cast<uint8_t>(table);
+    int32_t nearest[kBlockWeights];
+    nearest_codes(search.thresholds[table], block, nearest);
     for (int r = 0; r < kBlockRows; ++r) {
       for (int j = 0; j < kBlockK; ++j) {
         const float x = block[r * kBlockK + j];
-        const int code = search.nearest(table, x);
+        const int code = nearest[r * kBlockK + j];
         const double q = kInt4Tables[table][code];
         wq[r] += x * q;
         qq[r] += q * q;

@@ -65,7 +65,7 @@ def test_reference_target_is_exact(monkeypatch: pytest.MonkeyPatch, method: str)
     assert reference.relative_error(found, want) < 2e-7
 
 
-# Error of the whole layer against the unpacked weights (docs/weight-format.md), activations in int8.
+# Error of the whole layer against the unpacked weights; docs/weight-format.md has the table.
 @pytest.mark.parametrize(
     ("method", "student_t", "bound"),
     [
