@@ -166,7 +166,7 @@ def progress_line(result: LayerResult, identity: Identity, finished: int, remain
     return (
         f"layer {result.layer_idx}: {finished} of {len(identity.moe_layers)}, "
         f"{gigabytes(result.record.bytes)} in {result.seconds:.1f} s, "
-        f"{weights / seconds / 1e9:.3f} G weights/s, {moved / seconds / 1e9:.2f} GB/s, "
+        f"{weights / seconds / 1e6:.1f} M weights/s, {moved / seconds / 1e9:.3f} GB/s, "
         f"error {result.error:.4f}, ETA {duration(remaining)}"
     )
 
