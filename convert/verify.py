@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from convert.checkpoint import Checkpoint, ExpertProjection
@@ -152,9 +153,9 @@ def _check_place(
     The error alone would not notice two experts' scales exchanged: they differ by a few per cent.
     """
     parts = quantize_projection(checkpoint, item, input_type, layout.method)
-    with safe_open(path, framework="numpy") as file:
+    with safe_open(path, framework="pt") as file:
         for part, values in parts.items():
-            stored = file.get_slice(f"{item.projection}.{part}")[item.expert]
+            stored = raw_bits(file.get_slice(f"{item.projection}.{part}")[item.expert])
             if stored.tobytes() != values.tobytes():
                 raise UserError(
                     f"{path}: {item.projection}.{part} of expert {item.expert} is not what "
@@ -170,7 +171,7 @@ def check_with_safetensors(path: Path, layout: PackedLayout, layer_idx: int) -> 
     """
     check_layer_header(read_header(path), layout, layer_idx)
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(path, framework="pt") as file:
             found = {
                 name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
                 for name in file.keys()  # noqa: SIM118 (not a dict, has no __iter__)
@@ -183,17 +184,23 @@ def check_with_safetensors(path: Path, layout: PackedLayout, layer_idx: int) -> 
         raise UserError(f"{path} was not written correctly: it holds {found}, expected {expected}")
 
 
+def raw_bits(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as NumPy sees it; bf16, which NumPy lacks, as uint16 bits."""
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.ascontiguousarray(bits.numpy())
+
+
 def read_packed(path: Path, layout: PackedLayout, item: ExpertProjection) -> np.ndarray:
     """One matrix of a layer file, dequantised to float32 [N, K]."""
     n, k = layout.projection_shape(item.projection)
-    with safe_open(path, framework="numpy") as file:
+    with safe_open(path, framework="pt") as file:
 
         def expert_slice(part: str) -> np.ndarray:
-            return np.ascontiguousarray(file.get_slice(f"{item.projection}.{part}")[item.expert])
+            return raw_bits(file.get_slice(f"{item.projection}.{part}")[item.expert])
 
         index = tables = None
         if layout.method == "int4":
-            index, tables = expert_slice("table_index"), file.get_tensor("tables")
+            index, tables = expert_slice("table_index"), file.get_tensor("tables").numpy()
         return _ext.dequantize_projection(
             expert_slice("codes").view(np.uint8),
             expert_slice("scales"),

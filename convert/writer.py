@@ -30,7 +30,7 @@ TEMPORARY_SUFFIX = ".tmp"
 CHECKSUMS_KEY = "tensor_sha256"
 
 _CHUNK = 8 << 20
-_NUMPY_TYPES = {"U8": np.uint8, "I8": np.int8, "F32": np.float32}
+_NUMPY_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
 
 
 def header_bytes(

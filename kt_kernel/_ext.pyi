@@ -36,7 +36,7 @@ def quantize_projection(
 
     Returns:
         ``codes``, ``scales`` and, for int4, ``table_index``, shaped as in docs/weight-format.md
-        without the expert dimension; int8 codes as uint8 bits.
+        without the expert dimension; int8 codes as uint8 bits, bf16 scales as uint16 bits.
 
     Raises:
         ValueError: a shape that cannot be packed, or a weight that is not finite.
@@ -44,7 +44,7 @@ def quantize_projection(
 
 def dequantize_projection(
     codes: NDArray[np.uint8],
-    scales: NDArray[np.float32],
+    scales: NDArray[np.uint16],
     table_index: NDArray[np.uint8] | None,
     tables: NDArray[np.int8] | None,
     n: int,

@@ -32,7 +32,7 @@ NUM_TABLES = 256
 TABLE_LEVELS = 16
 DATA_ALIGNMENT = 64  # bytes; a cache line, so that panels never straddle one
 
-_DTYPE_BYTES = {"U8": 1, "I8": 1, "F32": 4}
+_DTYPE_BYTES = {"U8": 1, "I8": 1, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class PackedLayout:
                 specs[f"{name}.table_index"] = TensorSpec("U8", (e, panels, k // BLOCK_K, 4))
             else:
                 specs[f"{name}.codes"] = TensorSpec("I8", (e, panels, k // 4, 64))
-            specs[f"{name}.scales"] = TensorSpec("F32", (e, n))
+            specs[f"{name}.scales"] = TensorSpec("BF16", (e, n))
         if self.method == "int4":
             specs["tables"] = TensorSpec("I8", (NUM_TABLES, TABLE_LEVELS))
         return specs

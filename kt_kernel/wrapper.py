@@ -168,8 +168,13 @@ class KTMoEWrapper:
             [offset(f"{name}.{part}") for part in ("codes", "table_index", "scales")]
             for name in packed.PROJECTIONS
         ]
-        self._layer.load_file(
-            str(path), offsets, tables, self._sources(physical_to_logical_map_cpu)
+        sources = self._sources(physical_to_logical_map_cpu)
+        self._layer.load_file(str(path), offsets, tables, sources)
+        logger.info(
+            "kt_kernel: layer %d: %d experts on the CPU, %.1f MB",
+            self.layer_idx,
+            sum(source >= 0 for source in sources),
+            self._layer.weight_bytes / 1e6,
         )
 
     def load_weights_from_tensors(

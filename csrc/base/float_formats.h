@@ -17,6 +17,23 @@ inline float bits_to_float(uint32_t bits) {
 
 inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t{bits} << 16); }
 
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// To nearest, ties to even. Finite values only.
+inline uint16_t float_to_bf16(float value) {
+  const uint32_t bits = float_to_bits(value);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The smallest bf16 that is not below a value >= 0.
+inline uint16_t float_to_bf16_up(float value) {
+  return static_cast<uint16_t>((float_to_bits(value) + 0xffff) >> 16);
+}
+
 // IEEE 754 binary16.
 inline float fp16_to_float(uint16_t bits) {
   const uint32_t sign = uint32_t{bits & 0x8000u} << 16;

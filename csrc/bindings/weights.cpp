@@ -64,7 +64,7 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   const ProjectionLayout layout{source.n, source.k, how};
   Array<uint8_t> codes({layout.panels(), layout.codes_per_panel() / 64, int64_t{64}});
   Array<uint8_t> index({layout.panels(), layout.index_per_panel() / 4, int64_t{4}});
-  Array<float> scales(layout.n);
+  Array<uint16_t> scales(layout.n);
   const PackedProjection out{codes.mutable_data(), index.mutable_data(), scales.mutable_data()};
   {
     const py::gil_scoped_release release;
@@ -77,7 +77,7 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   return packed;
 }
 
-Array<float> dequantize(const Array<uint8_t>& codes, const Array<float>& scales,
+Array<float> dequantize(const Array<uint8_t>& codes, const Array<uint16_t>& scales,
                         const std::optional<Array<uint8_t>>& index,
                         const std::optional<Array<int8_t>>& tables, int64_t n, int64_t k,
                         const std::string& method) {
@@ -94,7 +94,7 @@ Array<float> dequantize(const Array<uint8_t>& codes, const Array<float>& scales,
   const uint8_t* index_data = index ? index->data() : nullptr;
   const int8_t* tables_data = tables ? tables->data() : nullptr;
   const uint8_t* codes_data = codes.data();
-  const float* scales_data = scales.data();
+  const uint16_t* scales_data = scales.data();
   {
     const py::gil_scoped_release release;
     dequantize_projection(layout, codes_data, index_data, scales_data, tables_data, out);

@@ -20,8 +20,8 @@ struct GateUpBlocks {
     Acc acc[2][T];
     dot_panels<2, T, Int4>(codes, index, s.tables, s.gate.k, x, acc);
 
-    const Floats gate_scale = load_floats(s.gate.scales + 16 * s.panel);
-    const Floats up_scale = load_floats(s.up.scales + 16 * s.panel);
+    const Floats gate_scale = load_bf16(s.gate.scales + 16 * s.panel);
+    const Floats up_scale = load_bf16(s.up.scales + 16 * s.panel);
     for (int t = 0; t < T; ++t) {
       const RowScale& row = s.x.scales[s.tokens[first + t]];
       const Floats x_scale = set1(row.scale);
@@ -57,7 +57,7 @@ struct DownBlocks {
     dot_panels<P, T, Int4>(codes, index, s.tables, s.down.k, x, acc);
 
     for (int p = 0; p < P; ++p) {
-      const Floats scale = load_floats(s.down.scales + 16 * (panel + p));
+      const Floats scale = load_bf16(s.down.scales + 16 * (panel + p));
       for (int t = 0; t < T; ++t) {
         const RowScale& row = s.h.scales[first + t];
         const Floats weight = set1(s.weights[first + t] * row.scale);

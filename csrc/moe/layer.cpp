@@ -137,7 +137,7 @@ PackedProjection Layer::packed(int64_t slot, Projection projection) const {
   const ProjectionLayout p = layout(projection);
   uint8_t* codes = part(slot, projection);
   uint8_t* index = codes + align(p.codes_bytes());
-  return {codes, index, reinterpret_cast<float*>(index + align(p.index_bytes()))};
+  return {codes, index, reinterpret_cast<uint16_t*>(index + align(p.index_bytes()))};
 }
 
 Matrix Layer::matrix(int64_t slot, Projection projection) const {

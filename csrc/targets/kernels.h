@@ -18,7 +18,7 @@ struct RowScale {
 struct Matrix {
   const uint8_t* codes;
   const uint8_t* table_index;  // null for int8
-  const float* scales;         // [n]
+  const uint16_t* scales;      // [n] bf16
   int64_t k;
   int64_t codes_per_panel;
   int64_t index_per_panel;

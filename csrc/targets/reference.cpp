@@ -36,7 +36,9 @@ void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, cons
         for (int j = 0; j < 4; ++j)
           sum[r] += static_cast<double>(step[s].v[4 * r + j]) * x[k + 4 * s + j];
   }
-  for (int r = 0; r < 16; ++r) y[r] = static_cast<float>(sum[r] * m.scales[16 * panel + r]);
+  float scales[16];
+  store_floats(scales, load_bf16(m.scales + 16 * panel));
+  for (int r = 0; r < 16; ++r) y[r] = static_cast<float>(sum[r] * scales[r]);
 }
 
 template <bool Int4>

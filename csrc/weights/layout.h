@@ -29,7 +29,7 @@ struct ProjectionLayout {
   int64_t index_per_panel() const { return method == Method::kInt4 ? k / kBlockK * 4 : 0; }
   int64_t codes_bytes() const { return panels() * codes_per_panel(); }
   int64_t index_bytes() const { return panels() * index_per_panel(); }
-  int64_t scales_bytes() const { return n * static_cast<int64_t>(sizeof(float)); }
+  int64_t scales_bytes() const { return n * static_cast<int64_t>(sizeof(uint16_t)); }
 };
 
 }  // namespace kt

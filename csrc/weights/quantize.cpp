@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/float_formats.h"
 #include "weights/source.h"
 
 namespace kt {
@@ -16,18 +17,20 @@ constexpr int8_t kInt4Tables[kNumTables][kTableLevels] = {
 #include "weights/int4_tables.inc"
 };
 
-// Scales the row so that its largest weight is +-127 and returns that weight's magnitude.
-float normalise_row(float* row, int64_t k) {
+float absmax(const float* row, int64_t k) {
   float top = 0.0f;
   for (int64_t i = 0; i < k; ++i) top = std::max(top, std::fabs(row[i]));
-  if (top == 0.0f) return top;
-  const float inverse = 127.0f / top;
+  return top;
+}
+
+// row / divisor, for divisor > 0.
+void divide_row(float* row, int64_t k, double divisor) {
+  const auto inverse = static_cast<float>(1.0 / divisor);
   if (std::isfinite(inverse)) {
     for (int64_t i = 0; i < k; ++i) row[i] *= inverse;
   } else {  // near the subnormals the inverse overflows float
-    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<float>(row[i] * (127.0 / top));
+    for (int64_t i = 0; i < k; ++i) row[i] = static_cast<float>(row[i] / divisor);
   }
-  return top;
 }
 
 // ---- int4
@@ -165,7 +168,8 @@ void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
     for (int r = 0; r < kBlockRows; ++r) {
       float* row = rows.data() + r * layout.k;
       read_source_row(source, first + r, row);
-      top[r] = normalise_row(row, layout.k);
+      top[r] = absmax(row, layout.k);
+      if (top[r] > 0.0f) divide_row(row, layout.k, top[r] / 127.0);
       normalised[r] = row;
     }
     const int64_t panel = first / kPanelRows;
@@ -176,7 +180,7 @@ void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
     // Given the codes, the scale that minimises |w - scale q|^2 is <w, q> / <q, q>.
     for (int r = 0; r < kBlockRows; ++r) {
       const double fit = qq[r] > 0.0 ? wq[r] / qq[r] : 1.0;
-      out.scales[first + r] = static_cast<float>(top[r] / 127.0 * fit);
+      out.scales[first + r] = float_to_bf16(static_cast<float>(top[r] / 127.0 * fit));
     }
   }
 }
@@ -189,13 +193,15 @@ void quantize_int8(const SourceMatrix& source, const ProjectionLayout& layout,
   std::vector<float> row(layout.k);
   for (int64_t n = 0; n < layout.n; ++n) {
     read_source_row(source, n, row.data());
-    const float top = normalise_row(row.data(), layout.k);
+    // Rounded up, so that the largest weight stays within 127 of the scale that is stored.
+    out.scales[n] = float_to_bf16_up(absmax(row.data(), layout.k) / 127.0f);
+    const float scale = bf16_to_float(out.scales[n]);
+    if (scale > 0.0f) divide_row(row.data(), layout.k, scale);
     uint8_t* codes = out.codes + n / kPanelRows * layout.codes_per_panel() + n % kPanelRows * 4;
     for (int64_t i = 0; i < layout.k; ++i) {
       const auto q = static_cast<int8_t>(std::nearbyint(row[i]));
       codes[i / 4 * 64 + i % 4] = static_cast<uint8_t>(q);
     }
-    out.scales[n] = top / 127.0f;
   }
 }
 
@@ -213,11 +219,12 @@ void quantize_projection(const SourceMatrix& source, Method method, const Packed
 }
 
 void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,
-                           const uint8_t* table_index, const float* scales, const int8_t* tables,
+                           const uint8_t* table_index, const uint16_t* scales, const int8_t* tables,
                            float* weights) {
   for (int64_t n = 0; n < layout.n; ++n) {
     const int64_t panel = n / kPanelRows;
     const int64_t row = n % kPanelRows;
+    const float scale = bf16_to_float(scales[n]);
     const uint8_t* panel_codes = codes + panel * layout.codes_per_panel();
     const uint8_t* panel_index = table_index + panel * layout.index_per_panel();
     for (int64_t i = 0; i < layout.k; ++i) {
@@ -229,7 +236,7 @@ void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,
       } else {
         level = static_cast<int8_t>(panel_codes[i / 4 * 64 + row * 4 + i % 4]);
       }
-      weights[n * layout.k + i] = static_cast<float>(level) * scales[n];
+      weights[n * layout.k + i] = static_cast<float>(level) * scale;
     }
   }
 }

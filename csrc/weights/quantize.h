@@ -24,7 +24,7 @@ struct SourceMatrix {
 struct PackedProjection {
   uint8_t* codes = nullptr;
   uint8_t* table_index = nullptr;
-  float* scales = nullptr;
+  uint16_t* scales = nullptr;  // bf16
 };
 
 // The 256 tables of 16 levels that new int4 weights are encoded with.
@@ -36,7 +36,7 @@ void quantize_projection(const SourceMatrix& source, Method method, const Packed
 
 // The weights that the packed form stands for, row-major [n, k]. `tables` is [256][16].
 void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,
-                           const uint8_t* table_index, const float* scales, const int8_t* tables,
+                           const uint8_t* table_index, const uint16_t* scales, const int8_t* tables,
                            float* weights);
 
 }  // namespace kt

@@ -17,6 +17,7 @@ METHODS = ["int4", "int8"]
 def decode_by_the_book(packed: dict, n: int, k: int, method: str) -> np.ndarray:
     """docs/weight-format.md, read literally: one weight at a time."""
     tables = _ext.int4_tables()
+    scales = (packed["scales"].astype(np.uint32) << 16).view(np.float32)
     weights = np.empty((n, k), np.float32)
     for row in range(n):
         panel, r = divmod(row, 16)
@@ -27,7 +28,7 @@ def decode_by_the_book(packed: dict, n: int, k: int, method: str) -> np.ndarray:
                 level = tables[packed["table_index"][panel, column // 16, r // 4], code]
             else:
                 level = packed["codes"].view(np.int8)[panel, column // 4, 4 * r + column % 4]
-            weights[row, column] = np.float32(level) * packed["scales"][row]
+            weights[row, column] = np.float32(level) * scales[row]
     return weights
 
 
