@@ -30,7 +30,8 @@ TEMPORARY_SUFFIX = ".tmp"
 CHECKSUMS_KEY = "tensor_sha256"
 
 _CHUNK = 8 << 20
-_NUMPY_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
+#: dtype of a tensor of a layer file -> numpy type of its raw bits (numpy has no bf16).
+RAW_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
 
 
 def header_bytes(
@@ -149,7 +150,7 @@ class LayerWriter:
     def _write(
         self, name: str, expert: int, values: np.ndarray, shape: tuple[int, ...], offset: int
     ) -> None:
-        dtype = _NUMPY_TYPES[self._specs[name].dtype]
+        dtype = RAW_TYPES[self._specs[name].dtype]
         if values.shape != shape or values.dtype.itemsize != np.dtype(dtype).itemsize:
             raise RuntimeError(
                 f"{name}: got {values.dtype} {values.shape}, the layout says {dtype} {shape}"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import torch
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -15,3 +18,9 @@ def convert_argv(source: Path, output: Path, *more: str) -> list[str]:
 def directory_content(path: Path) -> dict[str, bytes]:
     """Every file of a directory, hidden ones too."""
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+def raw_bits(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as NumPy sees it; bf16, which NumPy lacks, as uint16 bits."""
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return np.ascontiguousarray(bits.numpy())

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from convert.checkpoint import ExpertProjection
-from convert.verify import raw_bits, read_packed, relative_error
+from convert.verify import read_packed, relative_error
 from kt_kernel import _ext
 from kt_kernel.packed import (
     DATA_ALIGNMENT,
@@ -22,7 +22,7 @@ from kt_kernel.packed import (
     read_header,
 )
 from tests.convert.fake_checkpoint import fake_checkpoint
-from tests.convert.helpers import directory_content
+from tests.convert.helpers import directory_content, raw_bits
 
 Convert = Callable[..., list[str]]
 

@@ -12,12 +12,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from convert.verify import raw_bits
 from convert.workers import StopRequest
-from convert.writer import LayerWriter, file_bytes, header_bytes
+from convert.writer import RAW_TYPES, LayerWriter, file_bytes, header_bytes
 from kt_kernel.packed import PackedLayout
-
-NUMPY_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
+from tests.convert.helpers import raw_bits
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def random_tensors(layout: PackedLayout) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
-        name: rng.integers(-100, 100, spec.shape).astype(NUMPY_TYPES[spec.dtype])
+        name: rng.integers(-100, 100, spec.shape).astype(RAW_TYPES[spec.dtype])
         for name, spec in layout.tensors().items()
     }
 
