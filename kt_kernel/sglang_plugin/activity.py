@@ -1,10 +1,15 @@
 """Refuse to serve when --kt-* flags are given but the experts do not run in kt_kernel."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from kt_kernel.errors import UserError
-from kt_kernel.sglang_plugin.refusal import refusing_to_serve, sglang_version
+from kt_kernel.sglang_plugin.refusal import (
+    refuse_to_serve,
+    refusing_to_serve,
+    sglang_version,
+)
 
 # Values of stock SGLang's --kt-* flags when they are not given.
 KT_FLAG_DEFAULTS = {
@@ -38,8 +43,19 @@ def check_kt_flags(result: None, server_args: Any) -> None:
         _check_available()
 
 
-def check_kt_is_in_use(result: None, runner: Any, *args: Any, **kwargs: Any) -> None:
-    """After ``ModelRunner.load_model``: every MoE layer must run through kt_kernel."""
+def load_model_through_kt(
+    load_model: Callable[..., None], runner: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Around ``ModelRunner.load_model``: mistakes in the weights and KT left out are refused."""
+    try:
+        load_model(runner, *args, **kwargs)
+        check_kt_is_in_use(runner)
+    except UserError as error:
+        refuse_to_serve(str(error))
+
+
+def check_kt_is_in_use(runner: Any) -> None:
+    """Raise :class:`UserError` unless every MoE layer runs through kt_kernel, if one should."""
     if runner.server_args.kt_weight_path is None or runner.is_draft_worker:
         return
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE

@@ -50,9 +50,10 @@ HOOKS: list[Hook] = [
     ),
     Hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
-        "after",
-        activity.check_kt_is_in_use,
-        "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently",
+        "around",
+        activity.load_model_through_kt,
+        "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently; weights that "
+        "do not fit end in a traceback",
         "always",
     ),
     Hook(

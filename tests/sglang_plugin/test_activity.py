@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from kt_kernel.errors import UserError
-from kt_kernel.sglang_plugin.activity import KT_FLAG_DEFAULTS, check_kt_flags, check_kt_is_in_use
+from kt_kernel.sglang_plugin.activity import (
+    KT_FLAG_DEFAULTS,
+    check_kt_flags,
+    check_kt_is_in_use,
+    load_model_through_kt,
+)
 
 
 class FusedMoE(torch.nn.Module):
@@ -94,12 +99,12 @@ def runner(*quant_methods: object, weight_path: str | None = "/w", draft: bool =
 
 
 def test_model_through_kt_passes() -> None:
-    check_kt_is_in_use(None, runner(KTEPWrapperMethod(), KTEPWrapperMethod()))
+    check_kt_is_in_use(runner(KTEPWrapperMethod(), KTEPWrapperMethod()))
 
 
 def test_no_kt_flags_or_a_draft_model_pass() -> None:
-    check_kt_is_in_use(None, runner(object(), weight_path=None))
-    check_kt_is_in_use(None, runner(object(), draft=True))
+    check_kt_is_in_use(runner(object(), weight_path=None))
+    check_kt_is_in_use(runner(object(), draft=True))
 
 
 @pytest.mark.parametrize(
@@ -108,4 +113,31 @@ def test_no_kt_flags_or_a_draft_model_pass() -> None:
 )
 def test_model_past_kt_is_refused(methods: tuple[object, ...], count: str) -> None:
     with pytest.raises(UserError, match=f"{count} MoE layers"):
-        check_kt_is_in_use(None, runner(*methods))
+        check_kt_is_in_use(runner(*methods))
+
+
+def test_mistakes_in_the_weights_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def load_model(runner: object) -> None:
+        raise UserError("layer-003.safetensors is cut short")
+
+    with pytest.raises(SystemExit) as stop:
+        load_model_through_kt(load_model, runner(KTEPWrapperMethod()))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: layer-003.safetensors is cut short\n"
+
+
+def test_loading_checks_that_kt_is_in_use() -> None:
+    loaded: list[object] = []
+    through_kt = runner(KTEPWrapperMethod())
+    load_model_through_kt(loaded.append, through_kt)
+    assert loaded == [through_kt]
+    with pytest.raises(SystemExit):
+        load_model_through_kt(loaded.append, runner(object()))
+
+
+def test_other_errors_are_sglangs() -> None:
+    def load_model(runner: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        load_model_through_kt(load_model, runner())

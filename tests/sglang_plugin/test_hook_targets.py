@@ -26,8 +26,9 @@ def test_function_exists_and_fits(hook: Hook, wheel: PublishedWheel) -> None:
     # SGLang may pass any argument by position: ours must take the target's, in order.
     arguments = [argument.arg for argument in target.args.args]
     signature = inspect.signature(hook.function)
-    if hook.kind == "after":
-        arguments = ["result", *arguments]
+    if hook.kind in ("after", "around"):
+        # The result, or the function that is wrapped.
+        arguments = ["first", *arguments]
     signature.bind(*arguments)
 
 
