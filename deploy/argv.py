@@ -60,10 +60,12 @@ def resolve(config: Config, machine: Machine) -> tuple[dict[str, Any], tuple[str
             notes.append(f"{name}=auto is {_word(value)}: {why}")
 
     gpu = machine.gpu
+    # A GPU that does not work is not taken for none: the checks refuse it, instead of serving a
+    # model of this size on the CPU without a word.
     choose(
         "KT_DEVICE",
-        "cuda" if gpu else "cpu",
-        f"found {gpu.name}" if gpu else "no NVIDIA GPU found",
+        "cuda" if gpu or machine.gpu_problem else "cpu",
+        f"found {gpu.name}" if gpu else machine.gpu_problem or "no NVIDIA GPU found",
     )
     choose(
         "KT_CPUINFER",

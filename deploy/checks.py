@@ -97,8 +97,8 @@ def check_packages(situation: Situation) -> Iterator[Result]:
         )
     built = importlib.util.find_spec("kt_kernel._ext") is not None
     yield Result(
-        "kernel", Status.PASS if built else Status.FAIL, "the compiled extension kt_kernel._ext",
-        "it" if built else "none", "" if built else "build it: pip install .",
+        "kernel", Status.PASS if built else Status.FAIL, "the compiled extension of kt_kernel",
+        "kt_kernel._ext" if built else "none", "" if built else "build it: pip install .",
     )
 
 
@@ -109,7 +109,8 @@ def check_device(situation: Situation) -> Iterator[Result]:
         yield Result(
             "gpu", Status.FAIL if device == "cuda" else Status.WARN, "a working NVIDIA GPU",
             machine.gpu_problem,
-            "install the driver (in a container: the NVIDIA container toolkit)",
+            "install the driver (in a container: the NVIDIA container toolkit), or set "
+            "KT_DEVICE=cpu to do without, slowly",
         )
     elif machine.gpu is None:
         yield Result(
@@ -176,7 +177,7 @@ def check_port(situation: Situation) -> Iterator[Result]:
     expected = f"port {port} on {host} to be free"
     problem = address_problem(host, port)
     if problem is None:
-        yield Result("port", Status.PASS, expected, "that it is")
+        yield Result("port", Status.PASS, expected, "it free")
     else:
         found, todo = problem
         yield Result("port", Status.FAIL, expected, found, todo)

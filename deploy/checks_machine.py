@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from deploy.checks import Result, Situation, Status
+from deploy.progress import gigabytes
 
 #: Bytes of the packed experts of V3.2 at 4 bits, for when they are not there yet to be measured.
 V32_INT4_BYTES = 348e9
 V32_MODEL_BYTES = 689e9
-GIB = 2**30
 
 
 def check_memory(situation: Situation) -> Iterator[Result]:
@@ -21,13 +21,13 @@ def check_memory(situation: Situation) -> Iterator[Result]:
     known = weights > 0
     needed = weights if known else V32_INT4_BYTES
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    expected = f"at least {needed / GIB:.1f} GiB of memory for the experts"
+    expected = f"at least {gigabytes(needed)} of memory for the experts"
     if not known:
         expected += " of V3.2 at 4 bits"
     enough = total >= needed
     yield Result(
         "memory", Status.PASS if enough else Status.FAIL if known else Status.WARN, expected,
-        f"{total / GIB:.1f} GiB", "" if enough else "add memory or serve a smaller model",
+        gigabytes(total), "" if enough else "add memory or serve a smaller model",
     )
 
 
@@ -43,7 +43,7 @@ def check_disk(situation: Situation) -> Iterator[Result]:
         enough = free >= needed
         yield Result(
             "disk", Status.PASS if enough else Status.WARN,
-            f"{needed / 1e9:.0f} GB free for V3.2 in {name} {path}", f"{free / 1e9:.0f} GB free",
+            f"{gigabytes(needed)} free for V3.2 in {name} {path}", f"{gigabytes(free)} free",
             "" if enough else "free some or choose another disk",
         )
 

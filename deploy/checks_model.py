@@ -12,7 +12,7 @@ from convert.model_config import ModelDims, read_json
 from deploy.checks import Result, Situation, Status
 from deploy.marker import file_size, read_marker
 from kt_kernel.errors import UserError
-from kt_kernel.packed import KT_METHODS, MANIFEST_NAME
+from kt_kernel.packed import FORMAT_VERSION, KT_METHODS, MANIFEST_NAME
 
 DOWNLOAD = "run `python entrypoint.py download`"
 CONVERT = "run `python entrypoint.py convert`"
@@ -73,6 +73,13 @@ def check_weights(situation: Situation) -> Iterator[Result]:
                 f"{found} weights",
                 (f"set KT_METHOD={other} or " if other else "")
                 + f"convert with KT_QUANT_METHOD={KT_METHODS[method]} to another KT_WEIGHT_PATH",
+            )
+            return
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
+            yield fail(
+                f"weights in version {version} of the format, this program reads {FORMAT_VERSION}",
+                "delete them and convert again",
             )
             return
         layers = manifest["layers"]

@@ -86,6 +86,11 @@ def load(
             problems.append(str(error))
     if problems:
         raise UserErrors(problems)
+    for setting in TABLE:
+        # Who reads the variable itself knows no word for "choose": not set means that.
+        if setting.by_name and values[setting.name] == AUTO:
+            given.pop(setting.name, None)
+            environ = {name: value for name, value in environ.items() if name != setting.name}
     environment = {name: value for name, (value, _) in given.items()}
     kept = {k: v for k, v in environ.items() if v or not _in_table(k)}
     return Config(values, {**environment, **kept}, frozenset(environment) - frozenset(kept))

@@ -120,7 +120,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_CPUINFER", Integer(1), AUTO,
         "CPU threads for the experts and for the conversion. `auto` is the number of physical "
-        "cores this process may use.",
+        "cores this process may use. More threads than it has CPUs is an error, because every "
+        "layer waits for its slowest thread.",
         SHARED, ("convert", "serve", "check"),
         (Flag("serve", "--kt-cpuinfer"), Flag("convert", "--cpuinfer-threads", (), 5)),
         tutorial="60", auto=True,
@@ -339,7 +340,7 @@ TABLE: tuple[Setting, ...] = (
         "KT_TARGET", Choice(("scalar", "avx2", "avx512_vnni", "reference")), AUTO,
         "Instruction set of the CPU kernel. `auto` is the fastest that the CPU has; `reference` "
         "is for tests.",
-        KERNEL, ("convert", "serve"), auto=True,
+        KERNEL, ("serve",), auto=True,
     ),
     # --- other programs' variables --------------------------------------------------------------
     Setting(

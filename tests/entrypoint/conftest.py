@@ -5,56 +5,28 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from entrypoint_helpers import REPO_ID, write_repository
 
 from examples.tiny.hub import Hub, HubOptions
+from examples.tiny.make_checkpoint import make_checkpoint
+from tests.entrypoint.helpers import REPO_ID, LocalHub, Prepared, run, write_repository
 
 
-@dataclass
-class LocalHub:
-    """A running hub with one repository.
-
-    Attributes:
-        endpoint: for HF_ENDPOINT.
-        folder: the repository's files; changing one makes a new revision.
-        needed: names of the files that a download must fetch.
-        options: what the hub refuses and breaks; may be changed while it runs.
-    """
-
-    endpoint: str
-    folder: Path
-    needed: list[str]
-    options: HubOptions
-    log: io.StringIO
-    hub: Hub
-
-    def log_lines(self) -> list[str]:
-        """Requests so far: method, path, status, body bytes."""
-        return self.log.getvalue().splitlines()
-
-    def forget(self) -> None:
-        """Empty the log."""
-        self.log.seek(0)
-        self.log.truncate()
-
-    @property
-    def revision(self) -> str:
-        """Commit of the branch main."""
-        return self.hub.repositories.snapshot(REPO_ID).revision
-
-    def settings(self, directory: Path, **more: str) -> dict[str, str]:
-        """Settings of a download from here."""
-        return {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(directory.parent / "hf-home"),
-            "KT_MODEL_ID": REPO_ID,
-            "KT_MODEL_PATH": str(directory),
-            **more,
-        }
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The tiny checkpoint, converted both ways by the stage ``convert``."""
+    folder = tmp_path_factory.mktemp("prepared")
+    made = Prepared(folder / "model", folder / "int4", folder / "int8")
+    make_checkpoint(made.model)
+    for method, path in (("int4", made.int4), ("int8", made.int8)):
+        result = run(
+            "convert", KT_MODEL_PATH=str(made.model), KT_WEIGHT_PATH=str(path),
+            KT_QUANT_METHOD=method,
+        )
+        assert result.returncode == 0, result.stderr
+    return made
 
 
 @pytest.fixture

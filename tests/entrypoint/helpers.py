@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.machine import Gpu, Machine
+from examples.tiny.hub import Hub, HubOptions
 
 REPOSITORY = Path(__file__).parents[2]
 ENTRYPOINT = REPOSITORY / "entrypoint.py"
@@ -126,3 +129,55 @@ def fetched(log_lines: Sequence[str]) -> Mapping[str, int]:
             name = path.split("/resolve/")[1].partition("/")[2]
             counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+@dataclass
+class LocalHub:
+    """A running hub with one repository.
+
+    Attributes:
+        endpoint: for HF_ENDPOINT.
+        folder: the repository's files; changing one makes a new revision.
+        needed: names of the files that a download must fetch.
+        options: what the hub refuses and breaks; may be changed while it runs.
+    """
+
+    endpoint: str
+    folder: Path
+    needed: list[str]
+    options: HubOptions
+    log: io.StringIO
+    hub: Hub
+
+    def log_lines(self) -> list[str]:
+        """Requests so far: method, path, status, body bytes."""
+        return self.log.getvalue().splitlines()
+
+    def forget(self) -> None:
+        """Empty the log."""
+        self.log.seek(0)
+        self.log.truncate()
+
+    @property
+    def revision(self) -> str:
+        """Commit of the branch main."""
+        return self.hub.repositories.snapshot(REPO_ID).revision
+
+    def settings(self, directory: Path, **more: str) -> dict[str, str]:
+        """Settings of a download from here."""
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HOME": str(directory.parent / "hf-home"),
+            "KT_MODEL_ID": REPO_ID,
+            "KT_MODEL_PATH": str(directory),
+            **more,
+        }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tiny model and its weights as the stages make them; never changed."""
+
+    model: Path
+    int4: Path
+    int8: Path

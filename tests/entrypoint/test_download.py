@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import LocalHub
-from entrypoint_helpers import REPO_ID, content, fails, fetched, run
+from tests.entrypoint.helpers import REPO_ID, LocalHub, content, fails, fetched, run
 
 INDEX = "model.safetensors.index.json"
 

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LocalHub
-from entrypoint_helpers import (
+
+from deploy import hub_client
+from kt_kernel.errors import UserError
+from tests.entrypoint.helpers import (
     REPO_ID,
     REPOSITORY,
+    LocalHub,
     clean_environment,
     command,
     fails,
     fetched,
     run,
 )
-
-from deploy import hub_client
-from kt_kernel.errors import UserError
 
 TOKEN = "hf_secretsecretsecret"
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import LocalHub
-from entrypoint_helpers import clean_environment, command, content, fetched, run
+
+from tests.entrypoint.helpers import LocalHub, clean_environment, command, content, fetched, run
 
 SHARDS, SHARD_BYTES = 6, 400_000
 

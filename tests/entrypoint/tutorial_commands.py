@@ -48,5 +48,5 @@ REQUEST = """{
 
 
 def words(command: str) -> list[str]:
-    """The command as a shell splits it."""
-    return shlex.split(command)
+    """The command as a shell splits it; a backslash at the end of a line joins the next."""
+    return shlex.split(command.replace("\\\n", " "))

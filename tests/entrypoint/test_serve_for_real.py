@@ -1,0 +1,36 @@
+"""``entrypoint.py serve`` starts stock SGLang, and ``smoke`` talks to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.entrypoint.helpers import Prepared, command, fails, run
+from tests.serve.server import Server
+
+
+@pytest.mark.serve
+def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("sk-test\n")
+    settings = {
+        "KT_MODEL_PATH": str(prepared.model), "KT_WEIGHT_PATH": str(prepared.int4),
+        "KT_DEVICE": "cpu", "KT_API_KEY_FILE": str(tmp_path / "key"), "KT_SMOKE_MAX_TOKENS": "8",
+    }
+    with Server(settings, tmp_path / "log", command("serve")) as server:
+        settings |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(server.port)}
+        # The process became the server, so signals of a container's engine reach it directly.
+        words = Path(f"/proc/{server._process.pid}/cmdline").read_bytes().split(b"\0")
+        assert words[1:3] == [b"-m", b"sglang.launch_server"]
+
+        result = run("smoke", **settings, timeout=300)
+        assert result.returncode == 0, result
+        assert "streamed answer: " in result.stdout
+        without_key = {k: v for k, v in settings.items() if k != "KT_API_KEY_FILE"}
+        assert "HTTP 401" in fails("smoke", **without_key)
+        metrics = httpx.get(f"http://127.0.0.1:{server.port}/metrics", timeout=30, trust_env=False)
+        assert "sglang:" in metrics.text
+
+        refused = fails("serve", **settings)
+        assert f"expected port {server.port} on 127.0.0.1 to be free" in refused
