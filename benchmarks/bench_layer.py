@@ -42,7 +42,7 @@ def write_random_layer(folder: Path, layout: packed.PackedLayout) -> None:
             if name == "tables":
                 file.write(_ext.int4_tables().tobytes())
             elif name.endswith("scales"):
-                file.write(np.full(spec.shape, 0x38D2, np.uint16).tobytes()  # 1e-4)
+                file.write(np.full(spec.shape, 0x38D2, np.uint16).tobytes())  # bf16 of 1e-4
             else:
                 file.write(rng.bytes(spec.nbytes))
 

@@ -1,0 +1,85 @@
+# `make` alone lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+WORK   ?= .demo
+
+# What the extension is built from: a change rebuilds it.
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast ci lint types docs docs-check bench lock \
+        download convert serve check smoke clean clean-demo
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---- the environment -------------------------------------------------------------------------------
+
+venv: $(VENV)/.built ## install all packages into .venv and build the extension
+
+$(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): expected Python 3.11 to 3.13 (SGLang has no wheels for others); set PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments: install the package python3-venv" >&2; exit 2; }
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no headers: install the package python3-dev" >&2; exit 2; }
+	@command -v c++ >/dev/null || \
+	  { echo "error: no C++ compiler found: install the package g++" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps --editable .
+	touch $@
+
+lock: ## recompile requirements/*.txt from requirements/*.in
+	for name in bootstrap run dev; do \
+	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
+	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
+
+# ---- try it ----------------------------------------------------------------------------------------
+
+demo: venv ## the whole pipeline on a tiny checkpoint, no GPU: download, convert, serve, ask
+	$(BIN)/python -m examples.tiny.demo --work $(WORK)
+
+clean-demo: ## remove what the demo made
+	rm -rf $(WORK)
+
+# ---- one stage, configured by KT_* variables (docs/configuration.md) -------------------------------
+
+download convert serve check smoke: venv ## run one stage from KT_* variables
+	$(BIN)/python entrypoint.py $@
+
+# ---- quality ---------------------------------------------------------------------------------------
+
+test: venv ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: venv ## tests that start no SGLang server
+	$(BIN)/python -m pytest -m "not serve"
+
+lint: venv ## ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+types: venv ## mypy
+	$(BIN)/mypy
+
+docs: venv ## regenerate what is generated: docs/configuration.md and .env.example
+	$(BIN)/python -m deploy.docs
+
+docs-check: venv ## fail when generated docs are stale
+	$(BIN)/python -m deploy.docs --check
+
+bench: venv ## time one MoE layer beside the machine's read bandwidth
+	$(BIN)/python -m benchmarks.bench_layer
+
+ci: lint types docs-check test ## what CI runs
+
+clean: clean-demo ## remove everything that make made
+	rm -rf $(VENV) build .cache

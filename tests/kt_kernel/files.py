@@ -1,0 +1,55 @@
+"""Layer files written by hand, whole or damaged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from kt_kernel import _ext, packed
+from kt_kernel.packed import PackedLayout
+
+LAYOUTS = {method: PackedLayout(4, 256, 64, method) for method in packed.METHODS}
+
+
+def write_layer(
+    folder: Path,
+    layout: PackedLayout,
+    layer_idx: int,
+    metadata: dict[str, str] | None = None,
+    drop: str | None = None,
+    reshape: str | None = None,
+) -> Path:
+    """A layer file of quantised random weights; ``metadata`` replaces entries, ``drop`` leaves a
+    tensor out, ``reshape`` flattens one."""
+    rng = np.random.default_rng(layer_idx)
+    tensors: dict[str, np.ndarray] = {}
+    for projection in packed.PROJECTIONS:
+        n, k = layout.projection_shape(projection)
+        experts = [
+            _ext.quantize_projection(
+                rng.standard_normal((n, k)).astype(np.float32), "fp32", None, layout.method
+            )
+            for _ in range(layout.num_experts)
+        ]
+        for part in experts[0]:
+            tensors[f"{projection}.{part}"] = np.stack([expert[part] for expert in experts])
+    if layout.method == "int4":
+        tensors["tables"] = _ext.int4_tables()
+
+    entries: dict[str, object] = {"__metadata__": layout.metadata(layer_idx) | (metadata or {})}
+    data = b""
+    for name, spec in layout.tensors().items():
+        if name == drop:
+            continue
+        shape = [int(np.prod(spec.shape))] if name == reshape else list(spec.shape)
+        content = tensors[name].tobytes()
+        span = [len(data), len(data) + len(content)]
+        entries[name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": span}
+        data += content
+    header = json.dumps(entries).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / packed.layer_file_name(layer_idx)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path

@@ -1,0 +1,57 @@
+"""python -m kt_kernel, and what importing the package costs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+from kt_kernel import _ext
+from tests.conftest import INTEGER_TARGETS
+
+
+def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *args],
+        env={k: v for k, v in os.environ.items() if k != "KT_TARGET"} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_says_what_would_run() -> None:
+    result = run("-m", "kt_kernel")
+    assert result.returncode == 0, result.stderr
+    rows = dict(line.split(":", 1) for line in result.stdout.splitlines())
+    rows = {name: value.strip() for name, value in rows.items()}
+    assert rows["target"] == INTEGER_TARGETS[0]
+    assert rows["Python"] == platform.python_version()
+    assert "node" in rows["NUMA (usable)"]
+    flags = {name for name, present in _ext.cpu_features() if present}
+    assert set(rows["features"].split()) == flags
+
+
+def test_features_are_the_kernels_own() -> None:
+    """CPUID as we read it against what Linux reports."""
+    with open("/proc/cpuinfo") as file:  # noqa: PTH123 (a proc file, read once)
+        linux = set(next(line for line in file if line.startswith("flags")).split())
+    ours = dict(_ext.cpu_features())
+    for name in ("avx2", "fma", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"):
+        assert ours[name] == (name in linux), name
+    assert ours["avx512"] == ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= linux)
+
+
+def test_target_can_be_forced_and_must_be_known() -> None:
+    for target in INTEGER_TARGETS:
+        assert f"target:             {target}\n" in run("-m", "kt_kernel", KT_TARGET=target).stdout
+    result = run("-m", "kt_kernel", KT_TARGET="amx512")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: KT_TARGET: target 'amx512' is unknown: expected one of")
+    assert result.stderr.count("\n") == 1
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import kt_kernel, kt_kernel.packed, sys; print('torch' in sys.modules)"
+    assert run("-c", code).stdout.strip() == "False"

@@ -1,0 +1,199 @@
+"""KTMoEWrapper's arguments, weight files and call order: what works and what is refused how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kt_kernel import KTMoEWrapper, _ext
+from kt_kernel.errors import UserError
+from tests import reference
+from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.layers import RandomLayer, random_batch
+from tests.shapes import LAYERS, LayerShape
+
+ARGUMENTS = {
+    "layer_idx": 3,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "hidden_size": 256,
+    "moe_intermediate_size": 64,
+    "num_gpu_experts": 0,
+    "cpuinfer_threads": 1,
+    "threadpool_count": 1,
+    "weight_path": None,
+    "chunked_prefill_size": 64,
+    "method": "AMXINT4",
+    "max_deferred_experts_per_token": 0,
+}
+SHAPE = LayerShape(4, 2, 256, 64)
+IDENTITY = torch.arange(4)
+
+
+@pytest.mark.parametrize("method", ["int4", "int8"])
+def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None:
+    """Read from disk against dequantised with the public reader, in an order of the map's."""
+    from safetensors import safe_open
+
+    path = write_layer(tmp_path, LAYOUTS[method], 3)
+    wrapper = KTMoEWrapper(
+        **{**ARGUMENTS, "weight_path": str(tmp_path), "method": f"AMX{method.upper()}"}
+    )
+    order = torch.tensor([2, 0, 3, 1])
+    wrapper.load_weights(order)
+    experts = {}
+    with safe_open(path, framework="pt") as file:
+        for slot, expert in enumerate(order.tolist()):
+
+            def part(name: str, expert: int = expert):
+                tensor = file.get_tensor(name)[expert]
+                bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+                return bits.numpy().view("u1") if name.endswith("codes") else bits.numpy()
+
+            experts[slot] = tuple(
+                reference.dequantize(
+                    {
+                        key: part(f"{name}.{key}")
+                        for key in ("codes", "scales", "table_index")
+                        if f"{name}.{key}" in file.keys()  # noqa: SIM118
+                    },
+                    *LAYOUTS[method].projection_shape(name),
+                    method,
+                )
+                for name in ("gate", "up", "down")
+            )
+    x, ids, weights = random_batch(SHAPE, 11)
+    want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), experts, True)
+    assert reference.relative_error(wrapper.forward(x, ids, weights, 0), want) < 3e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "LLAMAFILE"}, "'LLAMAFILE': expected one of AMXINT4, AMXINT8"),
+        ({"hidden_size": 200}, "hidden_size is 200: expected a positive multiple of 64"),
+        ({"num_gpu_experts": 5}, "num_gpu_experts .* is 5: expected 0 to 4"),
+        ({"num_gpu_experts": -1}, "is -1: expected 0 to 4"),
+        ({"cpuinfer_threads": 0}, "cpuinfer_threads is 0: expected at least 1"),
+        ({"threadpool_count": 0}, "threadpool_count is 0: expected at least 1"),
+        ({"mode": "sft"}, "mode is 'sft'"),
+        ({"swiglu_limit": 10.0}, "swiglu_limit 10.0"),
+        ({"gpu_experts_mask": torch.ones(3, dtype=torch.bool)}, "gpu_experts_mask is torch.bool"),
+        (
+            {"num_gpu_experts": 2, "gpu_experts_mask": torch.ones(4, dtype=torch.bool)},
+            "both num_gpu_experts and gpu_experts_mask",
+        ),
+    ],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        KTMoEWrapper(**{**ARGUMENTS, **change})
+
+
+def test_kt_target_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KT_TARGET", "sse9")
+    with pytest.raises(UserError, match="KT_TARGET: target 'sse9' is unknown: expected one of"):
+        KTMoEWrapper(**ARGUMENTS)
+
+
+def test_weight_path_problems(tmp_path: Path) -> None:
+    def load(**change) -> None:
+        KTMoEWrapper(**{**ARGUMENTS, **change}).load_weights(IDENTITY)
+
+    with pytest.raises(UserError, match="weight_path is not set"):
+        load()
+    with pytest.raises(UserError, match="does not exist: run python -m convert first"):
+        load(weight_path=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"layer-003\.safetensors does not exist"):
+        load(weight_path=str(tmp_path))
+    write_layer(tmp_path, LAYOUTS["int8"], 3)
+    with pytest.raises(UserError, match="method int8, expected int4: set --kt-method to AMXINT8"):
+        load(weight_path=str(tmp_path))
+    with pytest.raises(UserError, match="these are weights of another model"):
+        load(weight_path=str(tmp_path), method="AMXINT8", hidden_size=128)
+
+
+@pytest.mark.parametrize("sources", [[0, 1, 2], [0, 1, 2, 4], [-1, 0, 1, 2]])
+def test_bad_expert_map(tmp_path: Path, sources: list[int]) -> None:
+    write_layer(tmp_path, LAYOUTS["int4"], 3)
+    wrapper = KTMoEWrapper(**{**ARGUMENTS, "weight_path": str(tmp_path)})
+    with pytest.raises(UserError, match="physical_to_logical_map"):
+        wrapper.load_weights(torch.tensor(sources))
+
+
+def test_bad_tensors() -> None:
+    layer = RandomLayer(SHAPE)
+    wrapper = KTMoEWrapper(**ARGUMENTS)
+    with pytest.raises(UserError, match=r"down_proj is torch.bfloat16 \[4, 64, 256\]: expected"):
+        wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.up, IDENTITY)
+    with pytest.raises(UserError, match=r"gate_proj is torch\.int32"):
+        wrapper.load_weights_from_tensors(layer.gate.int(), layer.up, layer.down, IDENTITY)
+    layer.up[2, 7, 9] = float("inf")
+    with pytest.raises(UserError, match="layer 3: weight at row 7, column 9 is inf"):
+        wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.down, IDENTITY)
+
+
+def test_bad_calls() -> None:
+    wrapper = RandomLayer(SHAPE).wrapper("AMXINT4")
+    x, ids, weights = random_batch(SHAPE, 5)
+    for args, message in (
+        ((x[:, :64], ids, weights), "hidden_states is"),
+        ((x.half(), ids, weights), "hidden_states is torch.float16"),
+        ((x, ids[:4], weights), "topk_ids is"),
+        ((x, ids.float(), weights), "topk_ids is torch.float32"),
+        ((x, ids, weights.half()), "topk_weights is torch.float16"),
+        ((x, torch.full_like(ids, 4), weights), r"expert id 4 of token 0 is outside \[0, 4\)"),
+        ((x, torch.full_like(ids, -2), weights), "expert id -2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            wrapper.forward(*args, 0)
+    with pytest.raises(UserError, match="sync_forward without submit_forward"):
+        wrapper.sync_forward(x, 0)
+    wrapper.submit_forward(x, ids, weights, 0)
+    with pytest.raises(UserError, match="submit_forward without sync_forward before it"):
+        wrapper.submit_forward(x, ids, weights, 0)
+    # None of these mistakes spoils the next call.
+    assert torch.isfinite(wrapper.sync_forward(x, 0)).all()
+
+
+def test_forward_before_weights_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="the layer has no weights: call load_weights first"):
+        KTMoEWrapper(**ARGUMENTS).forward(*random_batch(SHAPE, 1), 0)
+
+
+def test_an_error_in_a_worker_reaches_python(tmp_path: Path) -> None:
+    """The file shrinks after its header was checked."""
+    path = tmp_path / "short"
+    path.write_bytes(b"\0" * 100)
+    layer = _ext.Layer(_ext.Engine([_ext.allowed_cpus()[0][0]], "scalar"), 4, 2, 256, 64, "int4")
+    tables = _ext.int4_tables()
+    for _ in range(3):  # and the workers live on
+        with pytest.raises(RuntimeError, match=r"short ended at byte 100 with \d+ still expected"):
+            layer.load_file(str(path), [[0, 0, 0]] * 3, tables, [0, 1, 2, 3])
+
+
+def test_deferral_is_announced_and_exact(caplog: pytest.LogCaptureFixture) -> None:
+    KTMoEWrapper._deferral_reported = False
+    layer = RandomLayer(LAYERS[0])
+    batch = random_batch(LAYERS[0], 4)
+    want = layer.wrapper("AMXINT8").forward(*batch, 0)
+    found = layer.wrapper("AMXINT8", max_deferred_experts_per_token=1).forward(*batch, 0)
+    assert torch.equal(found, want)
+    assert "every expert runs at once" in caplog.text
+
+
+def test_capture_sizes() -> None:
+    KTMoEWrapper.set_capture_batch_sizes([1, 2, 4])
+    assert KTMoEWrapper.get_capture_batch_sizes() == [1, 2, 4]
+    KTMoEWrapper.clear_buffer_cache()
+    assert KTMoEWrapper.get_capture_batch_sizes() == []
+
+
+def test_dropping_a_wrapper_with_a_call_pending_is_safe() -> None:
+    layer = RandomLayer(SHAPE)
+    for _ in range(20):
+        wrapper = layer.wrapper("AMXINT4")
+        wrapper.submit_forward(*random_batch(SHAPE, 64), 0)
+        del wrapper
