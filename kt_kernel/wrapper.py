@@ -373,7 +373,7 @@ def _copy_from_cuda(
     if torch.cuda.is_current_stream_capturing():
         raise UserError(
             "a CUDA graph is being captured, which this version does not support: start SGLang "
-            "with --disable-cuda-graph --disable-prefill-cuda-graph"
+            "with --disable-decode-cuda-graph --disable-prefill-cuda-graph"
         )
 
     def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
