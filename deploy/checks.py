@@ -87,13 +87,13 @@ def check_packages(situation: Situation) -> Iterator[Result]:
     except importlib.metadata.PackageNotFoundError:
         yield Result(
             "sglang", Status.FAIL, f"SGLang {SGLANG_VERSION}", "none",
-            "install requirements.txt into the environment that runs entrypoint.py",
+            "install requirements/run.txt into the environment that runs entrypoint.py",
         )
     else:
         same = version == SGLANG_VERSION
         yield Result(
             "sglang", Status.PASS if same else Status.WARN, f"SGLang {SGLANG_VERSION}", version,
-            "" if same else "other versions are not tested: install requirements.txt",
+            "" if same else "other versions are not tested: install requirements/run.txt",
         )
     built = importlib.util.find_spec("kt_kernel._ext") is not None
     yield Result(
