@@ -23,11 +23,16 @@ def run(config: Config, as_json: bool) -> int:
     results = run_checks(Situation(values, config.environment, machine), all_checks())
     failed = sum(result.status is Status.FAIL for result in results)
     if as_json:
-        print(json.dumps({
-            "ok": failed == 0,
-            "chosen": list(notes),
-            "checks": [asdict(result) for result in results],
-        }, indent=1))
+        print(
+            json.dumps(
+                {
+                    "ok": failed == 0,
+                    "chosen": list(notes),
+                    "checks": [asdict(result) for result in results],
+                },
+                indent=1,
+            )
+        )
     else:
         for note in notes:
             print(note)

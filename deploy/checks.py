@@ -86,19 +86,28 @@ def check_packages(situation: Situation) -> Iterator[Result]:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         yield Result(
-            "sglang", Status.FAIL, f"SGLang {SGLANG_VERSION}", "none",
+            "sglang",
+            Status.FAIL,
+            f"SGLang {SGLANG_VERSION}",
+            "none",
             "install requirements/run.txt into the environment that runs entrypoint.py",
         )
     else:
         same = version == SGLANG_VERSION
         yield Result(
-            "sglang", Status.PASS if same else Status.WARN, f"SGLang {SGLANG_VERSION}", version,
+            "sglang",
+            Status.PASS if same else Status.WARN,
+            f"SGLang {SGLANG_VERSION}",
+            version,
             "" if same else "other versions are not tested: install requirements/run.txt",
         )
     built = importlib.util.find_spec("kt_kernel._ext") is not None
     yield Result(
-        "kernel", Status.PASS if built else Status.FAIL, "the compiled extension of kt_kernel",
-        "kt_kernel._ext" if built else "none", "" if built else "build it: pip install .",
+        "kernel",
+        Status.PASS if built else Status.FAIL,
+        "the compiled extension of kt_kernel",
+        "kt_kernel._ext" if built else "none",
+        "" if built else "build it: pip install .",
     )
 
 
@@ -107,22 +116,28 @@ def check_device(situation: Situation) -> Iterator[Result]:
     machine, device = situation.machine, situation.values["KT_DEVICE"]
     if machine.gpu_problem:
         yield Result(
-            "gpu", Status.FAIL if device == "cuda" else Status.WARN, "a working NVIDIA GPU",
+            "gpu",
+            Status.FAIL if device == "cuda" else Status.WARN,
+            "a working NVIDIA GPU",
             machine.gpu_problem,
             "install the driver (in a container: the NVIDIA container toolkit), or set "
             "KT_DEVICE=cpu to do without, slowly",
         )
     elif machine.gpu is None:
         yield Result(
-            "gpu", Status.FAIL if device == "cuda" else Status.PASS,
-            "an NVIDIA GPU" if device == "cuda" else "nothing in CPU mode", "no GPU",
+            "gpu",
+            Status.FAIL if device == "cuda" else Status.PASS,
+            "an NVIDIA GPU" if device == "cuda" else "nothing in CPU mode",
+            "no GPU",
             "set KT_DEVICE=cpu to run without one, slowly" if device == "cuda" else "",
         )
     else:
         gpu = machine.gpu
         capability = ".".join(map(str, gpu.compute_capability))
         yield Result(
-            "gpu", Status.PASS, "an NVIDIA GPU",
+            "gpu",
+            Status.PASS,
+            "an NVIDIA GPU",
             f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, compute capability {capability}, "
             f"driver for CUDA {gpu.cuda_version[0]}.{gpu.cuda_version[1]}",
         )
@@ -141,33 +156,46 @@ def check_threads(situation: Situation) -> Iterator[Result]:
     expected = f"KT_CPUINFER of at most {machine.cores}"
     if threads > machine.cpus:
         yield Result(
-            "threads", Status.FAIL, expected, f"{threads} threads for {cpus}",
+            "threads",
+            Status.FAIL,
+            expected,
+            f"{threads} threads for {cpus}",
             f"set KT_CPUINFER={machine.expert_threads} or auto",
         )
     elif machine.cpu_quota is not None and threads > machine.cpu_quota:
         yield Result(
-            "threads", Status.FAIL, f"KT_CPUINFER of at most {machine.cpu_quota:g}",
+            "threads",
+            Status.FAIL,
+            f"KT_CPUINFER of at most {machine.cpu_quota:g}",
             f"{threads} threads for a control group's quota of {machine.cpu_quota:g} CPUs",
             f"raise the quota or set KT_CPUINFER={machine.expert_threads}",
         )
     elif threads > machine.cores:
         yield Result(
-            "threads", Status.WARN, expected, f"{threads} threads for {cpus}",
+            "threads",
+            Status.WARN,
+            expected,
+            f"{threads} threads for {cpus}",
             f"two threads of a core share its units: set KT_CPUINFER={machine.cores} or auto",
         )
     else:
         yield Result("threads", Status.PASS, expected, f"{threads} threads for {cpus}")
     if pools > threads:
         yield Result(
-            "thread pools", Status.FAIL, f"KT_THREADPOOL_COUNT of at most KT_CPUINFER={threads}",
-            f"{pools}", "a pool needs a thread: lower KT_THREADPOOL_COUNT",
+            "thread pools",
+            Status.FAIL,
+            f"KT_THREADPOOL_COUNT of at most KT_CPUINFER={threads}",
+            f"{pools}",
+            "a pool needs a thread: lower KT_THREADPOOL_COUNT",
         )
     else:
         fits = pools == machine.numa_nodes
         yield Result(
-            "thread pools", Status.PASS if fits else Status.WARN,
+            "thread pools",
+            Status.PASS if fits else Status.WARN,
             f"one pool per NUMA node, that is KT_THREADPOOL_COUNT={machine.numa_nodes}",
-            f"{pools}", "" if fits else "set it to that or to auto",
+            f"{pools}",
+            "" if fits else "set it to that or to auto",
         )
 
 

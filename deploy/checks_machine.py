@@ -10,8 +10,8 @@ from pathlib import Path
 from deploy.checks import Result, Situation, Status
 from deploy.progress import gigabytes
 
-#: V3.2 in bytes, for when it is not there yet to be measured: 654e9 expert weights of 4.13 bits, and
-#: the checkpoint on the Hub.
+#: V3.2 in bytes, for when it is not there yet to be measured: 654e9 expert weights of 4.13 bits,
+#: and the checkpoint on the Hub.
 V32_INT4_BYTES = 338e9
 V32_MODEL_BYTES = 689e9
 
@@ -27,8 +27,11 @@ def check_memory(situation: Situation) -> Iterator[Result]:
         expected += " of V3.2 at 4 bits"
     enough = total >= needed
     yield Result(
-        "memory", Status.PASS if enough else Status.FAIL if known else Status.WARN, expected,
-        gigabytes(total), "" if enough else "add memory or serve a smaller model",
+        "memory",
+        Status.PASS if enough else Status.FAIL if known else Status.WARN,
+        expected,
+        gigabytes(total),
+        "" if enough else "add memory or serve a smaller model",
     )
 
 
@@ -43,8 +46,10 @@ def check_disk(situation: Situation) -> Iterator[Result]:
         free = shutil.disk_usage(_nearest_existing(path)).free
         enough = free >= needed
         yield Result(
-            "disk", Status.PASS if enough else Status.WARN,
-            f"{gigabytes(needed)} free for V3.2 in {name} {path}", f"{gigabytes(free)} free",
+            "disk",
+            Status.PASS if enough else Status.WARN,
+            f"{gigabytes(needed)} free for V3.2 in {name} {path}",
+            f"{gigabytes(free)} free",
             "" if enough else "free some or choose another disk",
         )
 

@@ -58,8 +58,13 @@ def build_parser() -> _Parser:
     # The option may stand before the stage or after it; argparse lets the latter overwrite the
     # former, hence a destination of its own.
     parser.add_argument(
-        "--env-file", action="append", type=Path, metavar="FILE", dest="first_env_file",
-        default=[], help="the same, before the stage",
+        "--env-file",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        dest="first_env_file",
+        default=[],
+        help="the same, before the stage",
     )
     stages = parser.add_subparsers(dest="stage", metavar="{" + ",".join(STAGES) + "}")
     for stage in STAGES:
@@ -73,15 +78,23 @@ def build_parser() -> _Parser:
             allow_abbrev=False,
         )
         if stage == "serve":
-            sub.add_argument("--print", action="store_true", dest="print_only",
-                             help="print the server's command instead of starting it")
-            sub.add_argument("--json", action="store_true",
-                             help='with --print: print {"argv": [...]}')
+            sub.add_argument(
+                "--print",
+                action="store_true",
+                dest="print_only",
+                help="print the server's command instead of starting it",
+            )
+            sub.add_argument(
+                "--json", action="store_true", help='with --print: print {"argv": [...]}'
+            )
         elif stage == "check":
             sub.add_argument("--json", action="store_true", help="print the report as JSON")
         elif stage == "smoke":
-            sub.add_argument("--base-url", metavar="URL",
-                             help="address of the server; the default follows KT_HOST and KT_PORT")
+            sub.add_argument(
+                "--base-url",
+                metavar="URL",
+                help="address of the server; the default follows KT_HOST and KT_PORT",
+            )
     return parser
 
 
@@ -96,8 +109,9 @@ def settings_help(settings: Sequence[Setting]) -> str:
             names = setting.name + (f" or {setting.file_name}" if setting.secret else "")
             default = f"; default: {setting.default}" if setting.default else ""
             lines.append(f"  {names} ({setting.expected}{default})")
-            lines += textwrap.wrap(setting.help, 94, initial_indent="      ",
-                                   subsequent_indent="      ")
+            lines += textwrap.wrap(
+                setting.help, 94, initial_indent="      ", subsequent_indent="      "
+            )
     return "\n".join(lines)
 
 

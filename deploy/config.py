@@ -113,8 +113,7 @@ def _value(setting: Setting, given: Mapping[str, tuple[str, str]], stage: str | 
         file, file_where = given[setting.file_name]
         if setting.name in given:
             raise ValueError(
-                f"{file_where}both {setting.name} and {setting.file_name} are set: "
-                f"keep one of them"
+                f"{file_where}both {setting.name} and {setting.file_name} are set: keep one of them"
             )
         if stage is not None and stage not in setting.stages:
             return None

@@ -116,8 +116,10 @@ def env_example() -> str:
             if s.section != section:
                 continue
             lines += textwrap.wrap(
-                f"{s.help.replace('`', '')} Expects {s.expected}.", 98,
-                initial_indent="# ", subsequent_indent="# ",
+                f"{s.help.replace('`', '')} Expects {s.expected}.",
+                98,
+                initial_indent="# ",
+                subsequent_indent="# ",
             )
             lines.append(f"#{s.name}={_quoted(s.default)}")
             if s.secret:
@@ -161,8 +163,10 @@ def main(argv: list[str] | None = None) -> int:
             continue
         stale += 1
         if args.check:
-            print(f"error: {name} is not what deploy/settings.py says: run python -m deploy.docs",
-                  file=sys.stderr)
+            print(
+                f"error: {name} is not what deploy/settings.py says: run python -m deploy.docs",
+                file=sys.stderr,
+            )
         else:
             path.write_text(text, "utf-8")
             print(f"wrote {name}")

@@ -212,9 +212,7 @@ class _Download:
         if self._bars:
             return nullcontext()
         directory, files = self._directory, marker.files
-        return ProgressLines(
-            what, total, lambda: bytes_present(directory, files), self._interval
-        )
+        return ProgressLines(what, total, lambda: bytes_present(directory, files), self._interval)
 
     def _fetch(self, files: Mapping[str, RepoFile]) -> None:
         from huggingface_hub import snapshot_download

@@ -25,8 +25,19 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: Besides the shards: configuration, tokenizer, custom code, template, licence and model card.
 #: Only at the top of the repository; folders hold demo code, pictures or other formats.
-NEEDED = ("*.json", "tokenizer*", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.md", "*.txt",
-          "LICENSE*", "LICENCE*", "NOTICE*")
+NEEDED = (
+    "*.json",
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "*.py",
+    "*.md",
+    "*.txt",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
 METADATA_TIMEOUT = 30.0
 
 

@@ -43,7 +43,14 @@ from deploy.value_types import (
 #: SGLang's names for its parts, as far as they make sense for models of the DeepSeek V3 family on
 #: NVIDIA GPUs; with ``none``, KT_EXTRA_ARGS can give any other. A test looks them up in SGLang.
 ATTENTION_BACKENDS = (
-    "triton", "flashinfer", "flashmla", "cutedsl_mla", "trtllm_mla", "fa3", "fa4", "dsa",
+    "triton",
+    "flashinfer",
+    "flashmla",
+    "cutedsl_mla",
+    "trtllm_mla",
+    "fa3",
+    "fa4",
+    "dsa",
     "torch_native",
 )
 #: Backends that can do V3.2's sparse attention.
@@ -58,6 +65,8 @@ def _serve(name: str, *aliases: str, inverted: bool = False) -> tuple[Flag, ...]
 
 _BOOL = Boolean()
 
+# Rows are denser than the formatter would have them, so that the table can be read as one.
+# fmt: off
 TABLE: tuple[Setting, ...] = (
     # --- what is downloaded ---------------------------------------------------------------------
     Setting(
@@ -366,6 +375,7 @@ TABLE: tuple[Setting, ...] = (
         FOREIGN, ("download",),
     ),
 )
+# fmt: on
 
 #: Names besides the table's that an env file may set: read by the programs that a stage starts,
 #: handed on unchecked.

@@ -22,7 +22,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     make_checkpoint(made.model)
     for method, path in (("int4", made.int4), ("int8", made.int8)):
         result = run(
-            "convert", KT_MODEL_PATH=str(made.model), KT_WEIGHT_PATH=str(path),
+            "convert",
+            KT_MODEL_PATH=str(made.model),
+            KT_WEIGHT_PATH=str(path),
             KT_QUANT_METHOD=method,
         )
         assert result.returncode == 0, result.stderr

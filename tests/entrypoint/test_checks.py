@@ -141,9 +141,7 @@ def test_unfinished_weights(prepared: Prepared, weights: Path) -> None:
 @pytest.mark.parametrize("text", ["{}", "[]", "x", '{"method": "int4", "complete": true}'])
 def test_a_manifest_that_is_none(prepared: Prepared, weights: Path, text: str) -> None:
     (weights / "manifest.json").write_text(text)
-    assert "manifest.json" in sentence(
-        checks_model.check_weights, **paths(prepared.model, weights)
-    )
+    assert "manifest.json" in sentence(checks_model.check_weights, **paths(prepared.model, weights))
 
 
 def test_int8_weights_opened_as_int4(prepared: Prepared) -> None:
@@ -262,7 +260,8 @@ def test_memory_and_disk(prepared: Prepared, tmp_path: Path) -> None:
     assert "of V3.2 at 4 bits" in results(checks_machine.check_memory, **there)[0].expected
     disks = results(checks_machine.check_disk, **there)
     assert [r.expected.split(" in ")[1].split()[0] for r in disks] == [
-        "KT_MODEL_PATH", "KT_WEIGHT_PATH",
+        "KT_MODEL_PATH",
+        "KT_WEIGHT_PATH",
     ]
 
 
@@ -282,8 +281,10 @@ def test_serve_ends_with_one_line(prepared: Prepared, tmp_path: Path, taken_port
     line = fails("serve", **here, **CPU, KT_PORT=taken_port)
     assert line.startswith(f"error: port: expected port {taken_port} on 127.0.0.1 to be free")
     line = fails("serve", **{**here, "KT_MODEL_PATH": str(tmp_path / "no")}, **CPU)
-    assert line.startswith(f"error: model: expected a complete checkpoint in KT_MODEL_PATH "
-                           f"{tmp_path}/no, found no such directory")
+    assert line.startswith(
+        f"error: model: expected a complete checkpoint in KT_MODEL_PATH "
+        f"{tmp_path}/no, found no such directory"
+    )
     line = fails("serve", **{**here, "KT_WEIGHT_PATH": str(prepared.int8)}, **CPU)
     assert line.startswith("error: weights: expected finished AMXINT4 weights")
 

@@ -19,12 +19,16 @@ from tests.entrypoint.tutorial_commands import CONVERT, LAUNCH, words
 TUTORIAL = REPOSITORY / "env" / "tutorial.env"
 SPECIALE = REPOSITORY / "env" / "speciale.env"
 ADDED = [
-    "--json-model-override-args", '{"index_topk": null}',
+    "--json-model-override-args",
+    '{"index_topk": null}',
     "--disable-prefill-cuda-graph",
     "--disable-decode-cuda-graph",
-    "--tool-call-parser", "deepseekv32",
-    "--reasoning-parser", "deepseek-v3",
-    "--watchdog-timeout", "1800",
+    "--tool-call-parser",
+    "deepseekv32",
+    "--reasoning-parser",
+    "deepseek-v3",
+    "--watchdog-timeout",
+    "1800",
     "--enable-metrics",
 ]
 
@@ -86,7 +90,8 @@ def test_every_added_flag_can_be_turned_off() -> None:
 def test_added_flags_are_what_the_docs_say(setting: object) -> None:
     """Each documented flag appears in at least one situation, as written."""
     commands = [
-        serve(LAPTOP), serve(with_gpu(L20)),
+        serve(LAPTOP),
+        serve(with_gpu(L20)),
         serve(with_gpu(L20), KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale"),
     ]
     documented = shlex.split(setting.adds)  # type: ignore[attr-defined]
@@ -97,14 +102,24 @@ def test_added_flags_are_what_the_docs_say(setting: object) -> None:
 
 def test_booleans_and_none_leave_flags_out() -> None:
     argv = serve(
-        KT_TRUST_REMOTE_CODE="no", KT_ENABLE_MIXED_CHUNK="0", KT_MAX_TOTAL_TOKENS="none",
-        KT_ATTENTION_BACKEND="none", KT_REASONING_PARSER="none",
+        KT_TRUST_REMOTE_CODE="no",
+        KT_ENABLE_MIXED_CHUNK="0",
+        KT_MAX_TOTAL_TOKENS="none",
+        KT_ATTENTION_BACKEND="none",
+        KT_REASONING_PARSER="none",
     )
-    for flag in ("--trust-remote-code", "--enable-mixed-chunk", "--max-total-tokens",
-                 "--attention-backend", "--reasoning-parser"):
+    for flag in (
+        "--trust-remote-code",
+        "--enable-mixed-chunk",
+        "--max-total-tokens",
+        "--attention-backend",
+        "--reasoning-parser",
+    ):
         assert flag not in argv
-    assert value(serve(KT_MAX_DEFERRED_EXPERTS_PER_TOKEN="2"),
-                 "--kt-max-deferred-experts-per-token") == "2"
+    assert (
+        value(serve(KT_MAX_DEFERRED_EXPERTS_PER_TOKEN="2"), "--kt-max-deferred-experts-per-token")
+        == "2"
+    )
 
 
 def test_cpu_mode() -> None:
@@ -158,8 +173,11 @@ def test_speciale() -> None:
     argv = serve(KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale")
     assert "--tool-call-parser" not in argv
     assert "--default-chat-template-kwargs" in argv
-    argv = serve(KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale", KT_DEFAULT_THINKING="0",
-                 KT_TOOL_CALL_PARSER="deepseekv32")
+    argv = serve(
+        KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale",
+        KT_DEFAULT_THINKING="0",
+        KT_TOOL_CALL_PARSER="deepseekv32",
+    )
     assert value(argv, "--tool-call-parser") == "deepseekv32"
     assert "--default-chat-template-kwargs" not in argv
 

@@ -116,8 +116,12 @@ def test_env_file_syntax(tmp_path: Path) -> None:
     )
     values = {line.name: line.value for line in read_env_file(file)}
     assert values == {
-        "KT_A": "plain", "KT_B": "spaced value", "KT_C": 'single # "quoted"',
-        "KT_D": 'double "quoted" $x\n', "KT_E": "", "KT_F": "a#b",
+        "KT_A": "plain",
+        "KT_B": "spaced value",
+        "KT_C": 'single # "quoted"',
+        "KT_D": 'double "quoted" $x\n',
+        "KT_E": "",
+        "KT_F": "a#b",
         "KT_G": '{"index_topk": null}',
     }
 

@@ -19,8 +19,11 @@ from tests.entrypoint.helpers import REPOSITORY, clean_environment, run
 
 def test_generated_files_are_fresh() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "deploy.docs", "--check"], cwd=REPOSITORY, text=True,
-        capture_output=True, check=False,
+        [sys.executable, "-m", "deploy.docs", "--check"],
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -90,10 +93,12 @@ def test_variables_that_the_code_reads_are_in_the_table() -> None:
         (["sreve"], "error: unknown stage sreve: did you mean serve?"),
         (["--env-file", "x", "dowload"], "error: unknown stage dowload: did you mean download?"),
         (["zzz"], "error: unknown stage zzz: expected download, convert, serve, check, smoke"),
-        ([], "error: expected a stage: download, convert, serve, check, smoke "
-             "(see entrypoint.py --help)"),
-        (["serve", "--prnt"],
-         "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),
+        (
+            [],
+            "error: expected a stage: download, convert, serve, check, smoke "
+            "(see entrypoint.py --help)",
+        ),
+        (["serve", "--prnt"], "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),
         (["serve", "--json"], "error: --json goes with --print (see entrypoint.py --help)"),
     ],
 )
@@ -111,7 +116,10 @@ def test_nothing_heavy_is_loaded_to_print_a_command() -> None:
         "sys.exit(status or len(heavy))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=clean_environment(KT_DEVICE="cpu"),
-        capture_output=True, check=False,
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=clean_environment(KT_DEVICE="cpu"),
+        capture_output=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr

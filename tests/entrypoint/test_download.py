@@ -160,9 +160,7 @@ def test_files_of_an_earlier_download_are_taken_over(hub: LocalHub, tmp_path: Pa
     assert content(model) == whole
 
 
-def test_progress_without_a_terminal(
-    start_hub: Callable[..., LocalHub], tmp_path: Path
-) -> None:
+def test_progress_without_a_terminal(start_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
     hub = start_hub(shards=2, shard_bytes=600_000, rate=300_000)
     said = download(hub, tmp_path / "model", KT_PROGRESS_INTERVAL="0.3")
     lines = [line for line in said.splitlines() if line.startswith("downloading ")]

@@ -143,8 +143,11 @@ def test_two_at_once(start_hub: Callable[..., LocalHub], tmp_path: Path) -> None
     hub = start_hub(rate=100_000)
     settings = hub.settings(tmp_path / "model", KT_PROGRESS_INTERVAL="0.1")
     first = subprocess.Popen(
-        command("download"), env=clean_environment(**settings), cwd="/",
-        stderr=subprocess.PIPE, text=True,
+        command("download"),
+        env=clean_environment(**settings),
+        cwd="/",
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert first.stderr is not None
@@ -167,8 +170,12 @@ sys.exit(main(["download"]))
 def test_too_little_space_is_found_before(hub: LocalHub, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", PRETEND_LITTLE_SPACE],
-        env=clean_environment(**hub.settings(tmp_path / "model")), cwd=REPOSITORY, text=True,
-        capture_output=True, timeout=60, check=False,
+        env=clean_environment(**hub.settings(tmp_path / "model")),
+        cwd=REPOSITORY,
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
     )
     assert result.returncode == 2
     line = result.stderr.splitlines()[-1]
@@ -185,9 +192,7 @@ exec "$@"
 """
 
 
-def test_a_disk_that_fills_up_meanwhile(
-    start_hub: Callable[..., LocalHub], tmp_path: Path
-) -> None:
+def test_a_disk_that_fills_up_meanwhile(start_hub: Callable[..., LocalHub], tmp_path: Path) -> None:
     """On a real file system of 3 MB, in a mount namespace of its own."""
     hub = start_hub(shards=5, rate=400_000)
     disk = tmp_path / "disk"
@@ -195,9 +200,22 @@ def test_a_disk_that_fills_up_meanwhile(
     settings = hub.settings(disk / "model", DISK=str(disk), KT_DOWNLOAD_WORKERS="1")
     settings["HF_HOME"] = str(tmp_path / "hf-home")
     result = subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", FILL_AND_DOWNLOAD, "sh",
-         *command("download")],
-        env=clean_environment(**settings), cwd="/", text=True, capture_output=True, timeout=120,
+        [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            FILL_AND_DOWNLOAD,
+            "sh",
+            *command("download"),
+        ],
+        env=clean_environment(**settings),
+        cwd="/",
+        text=True,
+        capture_output=True,
+        timeout=120,
         check=False,
     )
     if result.returncode == 77 or "unshare failed" in result.stderr:
@@ -215,16 +233,19 @@ def test_a_disk_that_fills_up_meanwhile(
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "no space left"),
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "no space left"),
-        (RuntimeError("Data processing error: No space left on device (os error 28)"),
-         "no space left"),
-        (PermissionError(errno.EACCES, "Permission denied", "/models/x"),
-         "cannot write /models/x: Permission denied"),
+        (
+            RuntimeError("Data processing error: No space left on device (os error 28)"),
+            "no space left",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/models/x"),
+            "cannot write /models/x: Permission denied",
+        ),
         (RuntimeError("something\nnew"), "downloading lab/small failed: RuntimeError: something"),
     ],
 )
 def test_what_the_client_raises(raised: Exception, expected: str) -> None:
-    with pytest.raises(UserError) as caught, \
-            hub_client.explained(REPO_ID, "main", Path("/models")):
+    with pytest.raises(UserError) as caught, hub_client.explained(REPO_ID, "main", Path("/models")):
         raise raised
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -237,6 +258,8 @@ def test_no_space_inside_another_exception() -> None:
         except OSError as error:
             raise RuntimeError("the transfer failed") from error
 
-    with pytest.raises(UserError, match="no space left while downloading to /models"), \
-            hub_client.explained(REPO_ID, "main", Path("/models")):
+    with (
+        pytest.raises(UserError, match="no space left while downloading to /models"),
+        hub_client.explained(REPO_ID, "main", Path("/models")),
+    ):
         fail()

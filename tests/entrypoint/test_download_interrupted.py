@@ -19,8 +19,11 @@ SHARDS, SHARD_BYTES = 6, 400_000
 def kill_after(seconds: float, settings: dict[str, str]) -> bool:
     """Start a download and kill it; whether it was killed before it had finished."""
     process = subprocess.Popen(
-        command("download"), env=clean_environment(**settings), cwd="/",
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command("download"),
+        env=clean_environment(**settings),
+        cwd="/",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         return process.wait(timeout=seconds) != 0
@@ -75,7 +78,9 @@ def test_killed_in_the_middle_of_a_file_leaves_no_rubbish(
     model = tmp_path / "model"
     settings = hub.settings(model)
     process = subprocess.Popen(
-        command("download"), env=clean_environment(**settings), cwd="/",
+        command("download"),
+        env=clean_environment(**settings),
+        cwd="/",
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
@@ -109,7 +114,9 @@ def test_killed_during_an_update_is_no_model(
     (hub.folder / "README.md").unlink()
     hub.options.rate = 100_000
     process = subprocess.Popen(
-        command("download"), env=clean_environment(**settings), cwd="/",
+        command("download"),
+        env=clean_environment(**settings),
+        cwd="/",
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60

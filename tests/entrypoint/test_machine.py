@@ -37,11 +37,14 @@ def test_cores_with_hyperthreads(tmp_path: Path) -> None:
 
 
 def test_numa_nodes_of_the_cpu_set(tmp_path: Path) -> None:
-    write(tmp_path, {
-        "sys/devices/system/node/node0/cpulist": "0-3\n",
-        "sys/devices/system/node/node1/cpulist": "4-7\n",
-        "sys/devices/system/node/node2/cpulist": "\n",  # memory only
-    })
+    write(
+        tmp_path,
+        {
+            "sys/devices/system/node/node0/cpulist": "0-3\n",
+            "sys/devices/system/node/node1/cpulist": "4-7\n",
+            "sys/devices/system/node/node2/cpulist": "\n",  # memory only
+        },
+    )
     assert count_numa_nodes(set(range(8)), tmp_path) == 2
     assert count_numa_nodes({4, 5}, tmp_path) == 1
     assert count_numa_nodes({4, 5}, tmp_path / "nothing") == 1
@@ -54,14 +57,30 @@ def test_numa_nodes_of_the_cpu_set(tmp_path: Path) -> None:
         ({"proc/self/cgroup": "0::/\n"}, None),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "800000 100000\n"}, 8.0),
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, None),
-        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
-          "sys/fs/cgroup/a/b/cpu.max": "max 100000\n"}, 1.5),
-        ({"proc/self/cgroup": "4:cpu,cpuacct:/docker/x\n0::/\n",
-          "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
-          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n"}, 2.0),
-        ({"proc/self/cgroup": "4:cpu,cpuacct:/\n",
-          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
-          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n"}, None),
+        (
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            },
+            1.5,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/docker/x\n0::/\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "200000\n",
+                "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+            },
+            2.0,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+            None,
+        ),
     ],
 )
 def test_cpu_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:

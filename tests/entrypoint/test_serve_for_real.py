@@ -15,8 +15,11 @@ from tests.serve.server import Server
 def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-test\n")
     settings = {
-        "KT_MODEL_PATH": str(prepared.model), "KT_WEIGHT_PATH": str(prepared.int4),
-        "KT_DEVICE": "cpu", "KT_API_KEY_FILE": str(tmp_path / "key"), "KT_SMOKE_MAX_TOKENS": "8",
+        "KT_MODEL_PATH": str(prepared.model),
+        "KT_WEIGHT_PATH": str(prepared.int4),
+        "KT_DEVICE": "cpu",
+        "KT_API_KEY_FILE": str(tmp_path / "key"),
+        "KT_SMOKE_MAX_TOKENS": "8",
     }
     with Server(settings, tmp_path / "log", command("serve")) as server:
         settings |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(server.port)}

@@ -56,13 +56,27 @@ json.dump({"options": options, "parsed": parsed, "resolved": resolved}, sys.stdo
 """
 
 FIELDS = {
-    "host": "127.0.0.1", "port": 30000, "kt_cpuinfer": 2, "kt_threadpool_count": 1,
-    "kt_num_gpu_experts": 1, "kt_method": "AMXINT4", "attention_backend": "triton",
-    "trust_remote_code": True, "mem_fraction_static": 0.98, "chunked_prefill_size": 4096,
-    "max_running_requests": 32, "max_total_tokens": 40000, "served_model_name": "DeepSeek-V3.2",
-    "enable_mixed_chunk": True, "tp_size": 1, "enable_p2p_check": True,
-    "disable_shared_experts_fusion": True, "tool_call_parser": "deepseekv32",
-    "reasoning_parser": "deepseek-v3", "watchdog_timeout": 1800.0, "enable_metrics": True,
+    "host": "127.0.0.1",
+    "port": 30000,
+    "kt_cpuinfer": 2,
+    "kt_threadpool_count": 1,
+    "kt_num_gpu_experts": 1,
+    "kt_method": "AMXINT4",
+    "attention_backend": "triton",
+    "trust_remote_code": True,
+    "mem_fraction_static": 0.98,
+    "chunked_prefill_size": 4096,
+    "max_running_requests": 32,
+    "max_total_tokens": 40000,
+    "served_model_name": "DeepSeek-V3.2",
+    "enable_mixed_chunk": True,
+    "tp_size": 1,
+    "enable_p2p_check": True,
+    "disable_shared_experts_fusion": True,
+    "tool_call_parser": "deepseekv32",
+    "reasoning_parser": "deepseek-v3",
+    "watchdog_timeout": 1800.0,
+    "enable_metrics": True,
     "device": "cpu",
 }
 
@@ -79,12 +93,18 @@ def sglang(tmp_path_factory: pytest.TempPathFactory, tutorial_argv: list[str]) -
     folder = tmp_path_factory.mktemp("sglang")
     make_checkpoint(folder / "model")
     settings = {
-        "KT_MODEL_PATH": str(folder / "model"), "KT_WEIGHT_PATH": str(folder / "weights"),
-        "KT_HOST": "127.0.0.1", "KT_DEVICE": "cpu", "KT_CPUINFER": "2",
+        "KT_MODEL_PATH": str(folder / "model"),
+        "KT_WEIGHT_PATH": str(folder / "weights"),
+        "KT_HOST": "127.0.0.1",
+        "KT_DEVICE": "cpu",
+        "KT_CPUINFER": "2",
         "KT_DECODE_CUDA_GRAPH": "0",
     }
-    speciale = {"KT_MODEL_ID": "deepseek-ai/DeepSeek-V3.2-Speciale", "KT_API_KEY": "key",
-                "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN": "2"}
+    speciale = {
+        "KT_MODEL_ID": "deepseek-ai/DeepSeek-V3.2-Speciale",
+        "KT_API_KEY": "key",
+        "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN": "2",
+    }
     resolve = serve_command(load(settings), LAPTOP).argv[3:]
     # Off in CPU mode, but their effect does not depend on the device.
     resolve += ["--disable-prefill-cuda-graph", "--disable-decode-cuda-graph"]
@@ -94,9 +114,14 @@ def sglang(tmp_path_factory: pytest.TempPathFactory, tutorial_argv: list[str]) -
         "fields": list(FIELDS),
     }
     result = subprocess.run(
-        [sys.executable, "-c", ASK_SGLANG], input=json.dumps(jobs), text=True,
+        [sys.executable, "-c", ASK_SGLANG],
+        input=json.dumps(jobs),
+        text=True,
         env={**clean_environment(), **launch_environment("cpu", clean_environment())},
-        cwd=folder, capture_output=True, timeout=300, check=False,
+        cwd=folder,
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     answer: dict[str, Any] = json.loads(result.stdout)
@@ -107,8 +132,13 @@ def test_the_tutorials_command_is_understood(
     sglang: dict[str, Any], tutorial_argv: list[str]
 ) -> None:
     parsed = sglang["parsed"][0]
-    expected = {**FIELDS, "host": "0.0.0.0", "kt_cpuinfer": 60, "kt_threadpool_count": 2,
-                "device": None}
+    expected = {
+        **FIELDS,
+        "host": "0.0.0.0",
+        "kt_cpuinfer": 60,
+        "kt_threadpool_count": 2,
+        "device": None,
+    }
     assert {name: parsed[name] for name in expected} == expected
     assert parsed["model_path"] == "/path/to/deepseek-v3.2"
     assert parsed["kt_weight_path"] == "/path/to/deepseek-v3.2-INT4"

@@ -57,15 +57,19 @@ class Handler(BaseHTTPRequestHandler):
         elif body["stream"]:
             self.reply(200, "text/event-stream", "".join(self.events()))
         else:
-            choice = {"message": {"content": "Hi there", "reasoning_content": None},
-                      "finish_reason": "stop"}
+            choice = {
+                "message": {"content": "Hi there", "reasoning_content": None},
+                "finish_reason": "stop",
+            }
             answer = {"choices": [choice], "usage": self.server.usage}
             self.reply(200, "application/json", json.dumps(answer))
 
     def events(self) -> Iterator[str]:
         deltas: list[dict[str, Any]] = [
-            {"role": "assistant", "content": ""}, {"reasoning_content": "well"},
-            {"content": "Hi "}, {"content": "there"},
+            {"role": "assistant", "content": ""},
+            {"reasoning_content": "well"},
+            {"content": "Hi "},
+            {"content": "there"},
         ]
         for delta in deltas:
             yield f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n"
@@ -116,8 +120,13 @@ def test_the_tutorials_request_both_ways(answers: Answers) -> None:
 
 
 def test_settings_of_the_request(answers: Answers) -> None:
-    result = run("smoke", "--base-url", f"http://127.0.0.1:{port(answers)}/",
-                 KT_SMOKE_MAX_TOKENS="16", KT_SERVED_MODEL_NAME="mine")
+    result = run(
+        "smoke",
+        "--base-url",
+        f"http://127.0.0.1:{port(answers)}/",
+        KT_SMOKE_MAX_TOKENS="16",
+        KT_SERVED_MODEL_NAME="mine",
+    )
     assert result.returncode == 0
     assert answers.requests[0]["max_tokens"] == 16
     assert answers.requests[0]["model"] == "mine"
