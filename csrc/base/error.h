@@ -2,17 +2,32 @@
 // value expected. Not for target files (they hold no exceptions).
 #pragma once
 
-#include <sstream>
+#include <concepts>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace kt {
 
+// No iostreams: their locale facets crash when another library of the process brings a libstdc++
+// of its own.
+inline void append_text(std::string& text, std::string_view part) { text += part; }
+template <std::integral T>
+void append_text(std::string& text, T part) {
+  text += std::to_string(part);
+}
+inline void append_text(std::string& text, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", part);
+  text += digits;
+}
+
 template <class... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  std::string text;
+  (append_text(text, parts), ...);
+  return text;
 }
 
 // Becomes Python's ValueError: the caller's arguments are wrong.

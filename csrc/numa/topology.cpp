@@ -3,8 +3,9 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cctype>
+#include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <string>
 
@@ -15,10 +16,15 @@ namespace {
 
 namespace fs = std::filesystem;
 
+// First line of a small file, "" when it cannot be read. No iostreams: see base/error.h.
 std::string read_line(const fs::path& path) {
-  std::ifstream file(path);
   std::string line;
-  std::getline(file, line);
+  if (std::FILE* file = std::fopen(path.c_str(), "re")) {
+    for (int c = std::fgetc(file); c != EOF && c != '\n'; c = std::fgetc(file)) {
+      line += static_cast<char>(c);
+    }
+    std::fclose(file);
+  }
   return line;
 }
 
