@@ -139,8 +139,9 @@ def what_ran(log: Path, weights: Path) -> str:
     size = sum(path.stat().st_size for path in weights.glob("layer-*.safetensors"))
     experts = sum(int(count) for _, count in layers)
     return (
-        f"attention: stock SGLang on the CPU; routed experts: kt_kernel, target {engine[1]}, "
-        f"{engine[2]} threads, {experts} experts in {len(layers)} layers, {size / 1e6:.1f} MB packed"
+        "attention: stock SGLang on the CPU\n"
+        f"routed experts: kt_kernel, target {engine[1]}, {engine[2]} threads, {experts} experts in "
+        f"{len(layers)} layers, {size / 1e6:.1f} MB packed"
     )
 
 
