@@ -56,7 +56,7 @@ def test_killed_at_random_moments(
     for _ in range(4):
         before = finished_files(model, hub)
         hub.forget()
-        # A whole download takes six seconds at this rate: the first kill always comes before its end.
+        # A whole download takes six seconds at this rate, so the first kill comes before its end.
         kills += kill_after(random_numbers.uniform(0.7, 3.0), settings)
         assert not before & set(fetched(hub.log_lines())), "a finished file was fetched again"
     before = finished_files(model, hub)
