@@ -12,7 +12,7 @@ struct GateUpBlocks {
   void block(int64_t first) const {
     const GateUpTask& s = task;
     const uint8_t* x[T];
-    for (int t = 0; t < T; ++t) x[t] = s.x.data + s.tokens[first + t] * s.x.stride;
+    for (int t = 0; t < T; ++t) x[t] = s.x.data + (first + t) * s.x.stride;
     const uint8_t* const codes[2] = {s.gate.codes + s.panel * s.gate.codes_per_panel,
                                      s.up.codes + s.panel * s.up.codes_per_panel};
     const uint8_t* const index[2] = {s.gate.table_index + s.panel * s.gate.index_per_panel,
@@ -23,7 +23,7 @@ struct GateUpBlocks {
     const Floats gate_scale = load_bf16(s.gate.scales + 16 * s.panel);
     const Floats up_scale = load_bf16(s.up.scales + 16 * s.panel);
     for (int t = 0; t < T; ++t) {
-      const RowScale& row = s.x.scales[s.tokens[first + t]];
+      const RowScale& row = s.x.scales[first + t];
       const Floats x_scale = set1(row.scale);
       const Floats g = mul(mul(acc_to_floats(acc[0][t], row.sum), gate_scale), x_scale);
       const Floats u = mul(mul(acc_to_floats(acc[1][t], row.sum), up_scale), x_scale);

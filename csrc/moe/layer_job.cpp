@@ -2,14 +2,22 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 namespace kt {
 namespace {
 
-// Panels that one down task sums over all experts: two are the kernel's register block.
+// The least number of panels that one down task sums over all experts: two are the kernel's
+// register block.
 constexpr int64_t kDownPanels = 2;
 
 size_t element_bytes(ActivationDtype dtype) { return dtype == ActivationDtype::kBf16 ? 2 : 4; }
+
+// Bytes from one quantised row to the next. One cache line more than the row: rows of a power of
+// two would all lie in the same few sets of the cache.
+int64_t row_stride(int64_t width, const Kernels& kernels) {
+  return width * kernels.activation_bytes + 64;
+}
 
 // The part of [0, items) of one worker; parts differ by at most one item.
 std::pair<int64_t, int64_t> share(int64_t items, int worker, int workers) {
@@ -39,15 +47,14 @@ LayerJob::~LayerJob() { engine_->give_buffer(std::move(x_)); }
 template <class F>
 void LayerJob::each_scratch(F f) const {
   const LayerConfig& c = layer_.config();
-  const auto element = static_cast<size_t>(kernels_.activation_bytes);
-  const auto inputs = static_cast<size_t>(tokens_ * c.hidden_size);
-  const auto hidden = static_cast<size_t>(routing_.pairs() * c.intermediate_size);
-  f(scratch_.x_q, inputs * element);
-  f(scratch_.x_scales, static_cast<size_t>(tokens_) * sizeof(RowScale));
-  f(scratch_.h, hidden * sizeof(float));
-  f(scratch_.h_q, hidden * element);
-  f(scratch_.h_scales, static_cast<size_t>(routing_.pairs()) * sizeof(RowScale));
-  f(scratch_.out, inputs * sizeof(float));
+  const auto pairs = static_cast<size_t>(routing_.pairs());
+  const size_t rows = pairs + kRowPadding;
+  f(scratch_.x_q, rows * static_cast<size_t>(row_stride(c.hidden_size, kernels_)));
+  f(scratch_.x_scales, rows * sizeof(RowScale));
+  f(scratch_.h, pairs * static_cast<size_t>(c.intermediate_size) * sizeof(float));
+  f(scratch_.h_q, rows * static_cast<size_t>(row_stride(c.intermediate_size, kernels_)));
+  f(scratch_.h_scales, rows * sizeof(RowScale));
+  f(scratch_.out, static_cast<size_t>(tokens_ * c.hidden_size) * sizeof(float));
 }
 
 bool LayerJob::fits_scratch() const {
@@ -65,51 +72,71 @@ void LayerJob::run(int phase, int worker, int workers) {
     case 0:
       return quantize_inputs(worker, workers);
     case 1:
-      return gate_up();
+      return gate_up(workers);
     case 2:
       return quantize_intermediate(worker, workers);
     case 3:
-      return down();
+      return down(workers);
   }
 }
 
+// Each token is quantised once, into the place of its first pair, and copied to the others: kernels
+// then find the rows of an expert one after the other.
 void LayerJob::quantize_inputs(int worker, int workers) {
-  const int64_t hidden = layer_.config().hidden_size;
-  const int64_t stride = hidden * kernels_.activation_bytes;
+  const LayerConfig& c = layer_.config();
+  const int64_t stride = row_stride(c.hidden_size, kernels_);
+  RowScale* scales = scratch_.x_scales.as<RowScale>();
   const auto [begin, end] = share(tokens_, worker, workers);
   for (int64_t t = begin; t < end; ++t) {
-    uint8_t* q = scratch_.x_q.data() + t * stride;
-    RowScale* scale = scratch_.x_scales.as<RowScale>() + t;
-    if (dtype_ == ActivationDtype::kBf16) {
-      kernels_.quantize_bf16(x_.as<uint16_t>() + t * hidden, hidden, q, scale);
-    } else {
-      kernels_.quantize_f32(x_.as<float>() + t * hidden, hidden, q, scale);
+    const uint8_t* row = nullptr;
+    const RowScale* scale = nullptr;
+    for (int64_t slot = t * c.top_k; slot < (t + 1) * c.top_k; ++slot) {
+      const int64_t pair = routing_.pairs_of_token[static_cast<size_t>(slot)];
+      if (pair < 0) continue;
+      uint8_t* q = scratch_.x_q.data() + pair * stride;
+      if (row != nullptr) {
+        std::memcpy(q, row, static_cast<size_t>(c.hidden_size * kernels_.activation_bytes));
+        scales[pair] = *scale;
+        continue;
+      }
+      if (dtype_ == ActivationDtype::kBf16) {
+        kernels_.quantize_bf16(x_.as<uint16_t>() + t * c.hidden_size, c.hidden_size, q,
+                               scales + pair);
+      } else {
+        kernels_.quantize_f32(x_.as<float>() + t * c.hidden_size, c.hidden_size, q, scales + pair);
+      }
+      row = q;
+      scale = scales + pair;
     }
   }
 }
 
-// Tasks are (expert, panel), handed out in memory order: whichever thread is free takes the next,
-// so that uneven experts and disturbed threads even out.
-void LayerJob::gate_up() {
+// Tasks are (expert, panel) in memory order. A free thread takes a run of them, long at first and
+// short at the end: long runs are long streams from memory, short ones even out uneven experts and
+// disturbed threads.
+void LayerJob::gate_up(int workers) {
   const LayerConfig& c = layer_.config();
   const int64_t panels = layer_.layout(Projection::kGate).panels();
   const auto run = c.method == Method::kInt4 ? kernels_.gate_up_int4 : kernels_.gate_up_int8;
   const int64_t tasks = static_cast<int64_t>(routing_.experts.size()) * panels;
-  for (int64_t task = next_gate_up_++; task < tasks; task = next_gate_up_++) {
-    const auto group = static_cast<size_t>(task / panels);
-    const int64_t first = routing_.begin[group];
-    GateUpTask t;
-    t.gate = layer_.matrix(routing_.experts[group], Projection::kGate);
-    t.up = layer_.matrix(routing_.experts[group], Projection::kUp);
-    t.tables = layer_.tables_.data();
-    t.panel = task % panels;
-    t.x = {scratch_.x_q.data(), c.hidden_size * kernels_.activation_bytes,
-           scratch_.x_scales.as<RowScale>()};
-    t.tokens = routing_.tokens.data() + first;
-    t.count = routing_.begin[group + 1] - first;
-    t.h = scratch_.h.as<float>() + first * c.intermediate_size;
-    t.h_stride = c.intermediate_size;
-    run(t);
+  const int64_t stride = row_stride(c.hidden_size, kernels_);
+  for (auto [task, end] = next_gate_up_.take(tasks, workers); task < end;
+       std::tie(task, end) = next_gate_up_.take(tasks, workers)) {
+    for (; task < end; ++task) {
+      const auto group = static_cast<size_t>(task / panels);
+      const int64_t first = routing_.begin[group];
+      GateUpTask t;
+      t.gate = layer_.matrix(routing_.experts[group], Projection::kGate);
+      t.up = layer_.matrix(routing_.experts[group], Projection::kUp);
+      t.tables = layer_.tables_.data();
+      t.panel = task % panels;
+      t.x = {scratch_.x_q.data() + first * stride, stride,
+             scratch_.x_scales.as<RowScale>() + first};
+      t.count = routing_.begin[group + 1] - first;
+      t.h = scratch_.h.as<float>() + first * c.intermediate_size;
+      t.h_stride = c.intermediate_size;
+      run(t);
+    }
   }
 }
 
@@ -118,22 +145,23 @@ void LayerJob::quantize_intermediate(int worker, int workers) {
   const auto [begin, end] = share(routing_.pairs(), worker, workers);
   for (int64_t i = begin; i < end; ++i)
     kernels_.quantize_f32(scratch_.h.as<float>() + i * width, width,
-                          scratch_.h_q.data() + i * width * kernels_.activation_bytes,
+                          scratch_.h_q.data() + i * row_stride(width, kernels_),
                           scratch_.h_scales.as<RowScale>() + i);
 }
 
 // A task is a group of hidden columns over all experts, in ascending order: each output is summed
 // by one thread in one order, so the result does not depend on the number of threads.
-void LayerJob::down() {
+void LayerJob::down(int workers) {
   const LayerConfig& c = layer_.config();
   const int64_t panels = layer_.layout(Projection::kDown).panels();
   const auto run = c.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
   const int64_t tasks = (panels + kDownPanels - 1) / kDownPanels;
   float* sums = scratch_.out.as<float>();
-  for (int64_t task = next_down_++; task < tasks; task = next_down_++) {
+  for (auto [task, end] = next_down_.take(tasks, workers); task < end;
+       std::tie(task, end) = next_down_.take(tasks, workers)) {
     DownTask t;
     t.panel = task * kDownPanels;
-    t.panels = std::min(kDownPanels, panels - t.panel);
+    t.panels = std::min(end * kDownPanels, panels) - t.panel;
     const int64_t column = t.panel * kPanelRows;
     const int64_t columns = t.panels * kPanelRows;
     for (int64_t row = 0; row < tokens_; ++row)
@@ -142,7 +170,7 @@ void LayerJob::down() {
       const int64_t first = routing_.begin[group];
       t.down = layer_.matrix(routing_.experts[group], Projection::kDown);
       t.tables = layer_.tables_.data();
-      const int64_t stride = c.intermediate_size * kernels_.activation_bytes;
+      const int64_t stride = row_stride(c.intermediate_size, kernels_);
       t.h = {scratch_.h_q.data() + first * stride, stride,
              scratch_.h_scales.as<RowScale>() + first};
       t.tokens = routing_.tokens.data() + first;

@@ -1,13 +1,33 @@
 // One call of a layer, in phases over the workers of its pool.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 #include "moe/layer.h"
 #include "moe/routing.h"
 
 namespace kt {
+
+// Hands out [0, total) in runs of a quarter of each worker's share of what is left, at least one.
+class GuidedCounter {
+ public:
+  // The next run [begin, end); empty when all is taken.
+  std::pair<int64_t, int64_t> take(int64_t total, int workers) {
+    int64_t begin = next_.load(std::memory_order_relaxed);
+    while (true) {
+      const int64_t run = std::max<int64_t>(1, (total - begin) / (4 * workers));
+      const int64_t end = std::min(total, begin + run);
+      if (begin >= total) return {total, total};
+      if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
+    }
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+};
 
 class LayerJob : public Job {
  public:
@@ -29,9 +49,9 @@ class LayerJob : public Job {
 
  private:
   void quantize_inputs(int worker, int workers);
-  void gate_up();
+  void gate_up(int workers);
   void quantize_intermediate(int worker, int workers);
-  void down();
+  void down(int workers);
 
   // Calls f(buffer, bytes needed) for every scratch buffer.
   template <class F>
@@ -46,8 +66,8 @@ class LayerJob : public Job {
   void* const out_;
   Buffer x_;
   Routing routing_;
-  std::atomic<int64_t> next_gate_up_{0};
-  std::atomic<int64_t> next_down_{0};
+  GuidedCounter next_gate_up_;
+  GuidedCounter next_down_;
 };
 
 }  // namespace kt

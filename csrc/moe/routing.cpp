@@ -29,12 +29,14 @@ void group_by_expert(const int32_t* ids, const float* weights, int64_t tokens, i
   }
   routing.tokens.resize(static_cast<size_t>(pairs));
   routing.weights.resize(static_cast<size_t>(pairs));
+  routing.pairs_of_token.assign(static_cast<size_t>(slots), -1);
   for (int64_t i = 0; i < slots; ++i) {
     const int32_t id = ids[i];
     if (id < 0 || on_gpu[id]) continue;
     const auto pair = static_cast<size_t>(place[static_cast<size_t>(id)]++);
     routing.tokens[pair] = static_cast<int32_t>(i / top_k);
     routing.weights[pair] = weights[i];
+    routing.pairs_of_token[static_cast<size_t>(i)] = static_cast<int32_t>(pair);
   }
 }
 

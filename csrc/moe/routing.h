@@ -8,10 +8,11 @@ namespace kt {
 
 // The (token, slot) pairs that run on the CPU, sorted by expert, tokens ascending within one.
 struct Routing {
-  std::vector<int32_t> experts;  // experts with at least one token, ascending
-  std::vector<int64_t> begin;    // [experts + 1] first pair of each
-  std::vector<int32_t> tokens;   // [pairs]
-  std::vector<float> weights;    // [pairs] routing weight
+  std::vector<int32_t> experts;         // experts with at least one token, ascending
+  std::vector<int64_t> begin;           // [experts + 1] first pair of each
+  std::vector<int32_t> tokens;          // [pairs]
+  std::vector<int32_t> pairs_of_token;  // [tokens, top_k] pair of each slot, -1 for a skipped one
+  std::vector<float> weights;           // [pairs] routing weight
 
   int64_t pairs() const { return static_cast<int64_t>(tokens.size()); }
 };

@@ -24,7 +24,9 @@ struct Matrix {
   int64_t index_per_panel;
 };
 
-// Activation rows: row r starts at data + r * stride bytes.
+// Quantised activation rows of the tokens of one expert: row i starts at data + i * stride bytes.
+// At least kRowPadding further rows may be read (their results are dropped), so that kernels can
+// work in whole blocks.
 struct Rows {
   const uint8_t* data;
   int64_t stride;
@@ -38,7 +40,6 @@ struct GateUpTask {
   const uint8_t* tables;  // prepared by prepare_tables; null for int8
   int64_t panel;
   Rows x;
-  const int32_t* tokens;  // [count], row of x of each token
   int64_t count;
   float* h;  // [count] rows, h_stride floats apart
   int64_t h_stride;
@@ -58,6 +59,8 @@ struct DownTask {
   float* out;  // rows out_stride floats apart
   int64_t out_stride;
 };
+
+constexpr int kRowPadding = 32;
 
 struct Kernels {
   const char* name;

@@ -44,7 +44,7 @@ void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, cons
 template <bool Int4>
 void gate_up(const GateUpTask& s) {
   for (int64_t i = 0; i < s.count; ++i) {
-    const uint8_t* x = s.x.data + s.tokens[i] * s.x.stride;
+    const uint8_t* x = s.x.data + i * s.x.stride;
     float g[16], u[16];
     panel_times_row<Int4>(s.gate, s.tables, s.panel, x, g);
     panel_times_row<Int4>(s.up, s.tables, s.panel, x, u);
