@@ -19,6 +19,7 @@ void bind_machine(py::module_& module) {
   module.def(
       "resolve_target", [](const std::string& name) { return std::string(find_target(name).name); },
       py::arg("name"));
+  module.def("assume_target_supported", &assume_target_supported, py::arg("name"));
   module.def("cpu_features", [] { return list_features(); });
   module.def("cpu_brand", [] { return cpu_features().brand; });
   module.def("allowed_cpus", [] {

@@ -36,6 +36,7 @@ struct Scratch {
   Buffer x_q, x_scales;     // quantised inputs
   Buffer h, h_q, h_scales;  // intermediate rows of all pairs, float and quantised
   Buffer out;               // fp32 sums
+  Buffer workspace;         // of each worker in turn
 };
 
 // Worker threads, the target they run and the memory of their jobs; shared by all layers.

@@ -54,7 +54,13 @@ void LayerJob::each_scratch(F f) const {
   f(scratch_.h, pairs * static_cast<size_t>(c.intermediate_size) * sizeof(float));
   f(scratch_.h_q, rows * static_cast<size_t>(row_stride(c.intermediate_size, kernels_)));
   f(scratch_.h_scales, rows * sizeof(RowScale));
+  f(scratch_.workspace, static_cast<size_t>(engine_->pool.size() * workspace_bytes()));
   f(scratch_.out, static_cast<size_t>(tokens_ * c.hidden_size) * sizeof(float));
+}
+
+int64_t LayerJob::workspace_bytes() const {
+  const LayerConfig& c = layer_.config();
+  return kernels_.workspace_per_k * std::max(c.hidden_size, c.intermediate_size);
 }
 
 bool LayerJob::fits_scratch() const {
@@ -72,11 +78,11 @@ void LayerJob::run(int phase, int worker, int workers) {
     case 0:
       return quantize_inputs(worker, workers);
     case 1:
-      return gate_up(workers);
+      return gate_up(worker, workers);
     case 2:
       return quantize_intermediate(worker, workers);
     case 3:
-      return down(workers);
+      return down(worker, workers);
   }
 }
 
@@ -114,7 +120,7 @@ void LayerJob::quantize_inputs(int worker, int workers) {
 // Tasks are (expert, panel) in memory order. A free thread takes a run of them, long at first and
 // short at the end: long runs are long streams from memory, short ones even out uneven experts and
 // disturbed threads.
-void LayerJob::gate_up(int workers) {
+void LayerJob::gate_up(int worker, int workers) {
   const LayerConfig& c = layer_.config();
   const int64_t panels = layer_.layout(Projection::kGate).panels();
   const auto run = c.method == Method::kInt4 ? kernels_.gate_up_int4 : kernels_.gate_up_int8;
@@ -135,6 +141,7 @@ void LayerJob::gate_up(int workers) {
       t.count = routing_.begin[group + 1] - first;
       t.h = scratch_.h.as<float>() + first * c.intermediate_size;
       t.h_stride = c.intermediate_size;
+      t.workspace = workspace(worker);
       run(t);
     }
   }
@@ -151,7 +158,7 @@ void LayerJob::quantize_intermediate(int worker, int workers) {
 
 // A task is a group of hidden columns over all experts, in ascending order: each output is summed
 // by one thread in one order, so the result does not depend on the number of threads.
-void LayerJob::down(int workers) {
+void LayerJob::down(int worker, int workers) {
   const LayerConfig& c = layer_.config();
   const int64_t panels = layer_.layout(Projection::kDown).panels();
   const auto run = c.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
@@ -178,6 +185,7 @@ void LayerJob::down(int workers) {
       t.count = routing_.begin[group + 1] - first;
       t.out = sums;
       t.out_stride = c.hidden_size;
+      t.workspace = workspace(worker);
       run(t);
     }
     for (int64_t row = 0; row < tokens_; ++row) {

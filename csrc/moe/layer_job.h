@@ -49,9 +49,15 @@ class LayerJob : public Job {
 
  private:
   void quantize_inputs(int worker, int workers);
-  void gate_up(int workers);
+  void gate_up(int worker, int workers);
   void quantize_intermediate(int worker, int workers);
-  void down(int workers);
+  void down(int worker, int workers);
+
+  // Bytes of kernel workspace of one worker, and where one worker's is.
+  int64_t workspace_bytes() const;
+  uint8_t* workspace(int worker) const {
+    return scratch_.workspace.data() + worker * workspace_bytes();
+  }
 
   // Calls f(buffer, bytes needed) for every scratch buffer.
   template <class F>

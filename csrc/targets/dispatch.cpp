@@ -5,6 +5,9 @@
 
 namespace kt {
 
+namespace amx {
+extern const Kernels kernels;
+}
 namespace avx512_vnni {
 extern const Kernels kernels;
 }
@@ -18,14 +21,36 @@ namespace reference {
 extern const Kernels kernels;
 }
 
-const std::vector<Target>& targets() {
-  static const std::vector<Target> list = {
+namespace {
+
+bool amx_usable() {
+  const CpuFeatures& f = cpu_features();
+  return f.avx512_vnni && f.amx_int8 && f.amx_permitted;
+}
+
+std::vector<Target>& target_list() {
+  static std::vector<Target> list = {
+      {&amx::kernels, amx_usable(), true},
       {&avx512_vnni::kernels, cpu_features().avx512_vnni, true},
       {&avx2::kernels, cpu_features().avx2, true},
       {&scalar::kernels, true, true},
       {&reference::kernels, true, false},
   };
   return list;
+}
+
+}  // namespace
+
+const std::vector<Target>& targets() { return target_list(); }
+
+void assume_target_supported(const std::string& name) {
+  for (Target& target : target_list()) {
+    if (name != target.kernels->name) continue;
+    target.automatic = target.automatic && target.supported;
+    target.supported = true;
+    return;
+  }
+  fail_argument("target '", name, "' is unknown");
 }
 
 const Kernels& find_target(const std::string& name) {

@@ -17,6 +17,10 @@ struct Target {
 // All targets, best first.
 const std::vector<Target>& targets();
 
+// Tests that emulate the instructions of a target may run it by name from then on. Throws
+// std::invalid_argument for an unknown name.
+void assume_target_supported(const std::string& name);
+
 // The target of that name, or the best one for "". Throws std::invalid_argument for a name that is
 // unknown or that this machine cannot run, with the list of those it can.
 const Kernels& find_target(const std::string& name);

@@ -17,6 +17,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     KT_NAME(KT_TARGET_NAMESPACE),
     1,
+    0,
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,

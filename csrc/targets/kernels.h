@@ -43,6 +43,7 @@ struct GateUpTask {
   int64_t count;
   float* h;  // [count] rows, h_stride floats apart
   int64_t h_stride;
+  uint8_t* workspace;  // this worker's, 64-byte aligned
 };
 
 // out[tokens[i]][16 * panel + r] += weights[i] * (down_r . h_i) for `count` tokens of one expert,
@@ -58,13 +59,15 @@ struct DownTask {
   int64_t count;
   float* out;  // rows out_stride floats apart
   int64_t out_stride;
+  uint8_t* workspace;
 };
 
 constexpr int kRowPadding = 32;
 
 struct Kernels {
   const char* name;
-  int activation_bytes;  // bytes of one quantised activation: 1, or 4 in the reference target
+  int activation_bytes;     // bytes of one quantised activation: 1, or 4 in the reference target
+  int64_t workspace_per_k;  // bytes of workspace that a task over k needs for each k
   void (*prepare_tables)(const int8_t* tables, uint8_t* prepared);  // both [256][16]
   void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);

@@ -70,11 +70,17 @@ void down(const DownTask& s) {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    "reference",          4,
-    prepare_tables,       keep_float<float>,
-    keep_float<uint16_t>, gate_up<true>,
-    gate_up<false>,       down<true>,
-    down<false>,          store_bf16,
+    "reference",
+    4,
+    0,
+    prepare_tables,
+    keep_float<float>,
+    keep_float<uint16_t>,
+    gate_up<true>,
+    gate_up<false>,
+    down<true>,
+    down<false>,
+    store_bf16,
 };
 
 }  // namespace kt::reference

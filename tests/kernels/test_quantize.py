@@ -149,7 +149,7 @@ def test_fp8_scales_of_the_wrong_shape_are_refused() -> None:
         _ext.quantize_projection(bits, "fp8_e4m3", np.ones((1, 1), np.float32), "int4")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from(METHODS),
     st.integers(1, 3),
@@ -157,8 +157,8 @@ def test_fp8_scales_of_the_wrong_shape_are_refused() -> None:
     st.sampled_from(["zero", "equal", "outlier", "subnormal", "one row zero", "huge"]),
     st.integers(0, 2**31),
 )
-def test_any_values_come_back_within_the_row_step(method, n64, k64, kind, seed) -> None:
-    """No weight is off by more than its row's coarsest step, whatever the values."""
+def test_any_values_come_back(method, n64, k64, kind, seed) -> None:
+    """No weight is far off for its row, and no row for its norm, whatever the values."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((64 * n64, 64 * k64)).astype(np.float32)
     if kind == "zero":
@@ -177,10 +177,14 @@ def test_any_values_come_back_within_the_row_step(method, n64, k64, kind, seed) 
         _ext.quantize_projection(w, "fp32", None, method), *w.shape, method
     )
     assert np.all(np.isfinite(found))
-    top = np.abs(w).max(axis=1, keepdims=True)
-    step = 0.25 if method == "int4" else 0.51 / 127
     # Below the smallest normal number a scale of its own has few bits left.
-    assert np.all(np.abs(found - w) <= step * top + 2e-38)
+    error, tiny = np.abs(found - w), 2e-38
+    # An int4 block may cut its largest weight off at a level, where that costs the block least.
+    step = 0.5 if method == "int4" else 0.51 / 127
+    assert np.all(error <= step * np.abs(w).max(axis=1, keepdims=True) + tiny)
+    norms = np.linalg.norm(w.astype(np.float64), axis=1)
+    bound = 0.3 if method == "int4" else 0.05
+    assert np.all(np.linalg.norm(error, axis=1) <= bound * norms + tiny * w.shape[1])
 
 
 def test_tables_are_ascending_and_int8() -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
+AVX512_VNNI = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
 TARGETS = {
+    "amx": [*AVX512_VNNI, "-mamx-tile", "-mamx-int8"],
     "scalar": [],
     "reference": [],
     "avx2": ["-mavx2"],
-    "avx512_vnni": [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")],
+    "avx512_vnni": AVX512_VNNI,
 }
 
 

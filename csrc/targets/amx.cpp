@@ -1,0 +1,29 @@
+// AMX for groups of tokens, the AVX-512 VNNI kernels for few.
+#define KT_TARGET_NAMESPACE amx
+#include "isa/amx.h"
+#include "targets/kernels.h"
+
+#include "gemm/quantize-inl.h"
+#include "gemm/panels-inl.h"
+#include "expert/activation-inl.h"
+#include "expert/expert-inl.h"
+#include "expert/expert_tiles-inl.h"
+
+namespace kt::amx {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    "amx",
+    1,
+    kWorkspacePerK,
+    prepare_tables,
+    quantize_row<float>,
+    quantize_row<uint16_t>,
+    gate_up_tiles<true>,
+    gate_up_tiles<false>,
+    down_tiles<true>,
+    down_tiles<false>,
+    store_bf16,
+};
+
+}  // namespace kt::amx
