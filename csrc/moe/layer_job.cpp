@@ -13,11 +13,12 @@ constexpr int64_t kDownPanels = 2;
 
 size_t element_bytes(ActivationDtype dtype) { return dtype == ActivationDtype::kBf16 ? 2 : 4; }
 
-// Bytes from one quantised row to the next. One cache line more than the row: rows of a power of
-// two would all lie in the same few sets of the cache.
+// Distance of rows in scratch memory, in bytes and in floats: a cache line more than the row, since
+// rows a multiple of 4 KiB apart would all lie in the same set of the cache.
 int64_t row_stride(int64_t width, const Kernels& kernels) {
   return width * kernels.activation_bytes + 64;
 }
+int64_t float_stride(int64_t width) { return width + 16; }
 
 // The part of [0, items) of one worker; parts differ by at most one item.
 std::pair<int64_t, int64_t> share(int64_t items, int worker, int workers) {
@@ -51,11 +52,11 @@ void LayerJob::each_scratch(F f) const {
   const size_t rows = pairs + kRowPadding;
   f(scratch_.x_q, rows * static_cast<size_t>(row_stride(c.hidden_size, kernels_)));
   f(scratch_.x_scales, rows * sizeof(RowScale));
-  f(scratch_.h, pairs * static_cast<size_t>(c.intermediate_size) * sizeof(float));
+  f(scratch_.h, pairs * static_cast<size_t>(float_stride(c.intermediate_size)) * sizeof(float));
   f(scratch_.h_q, rows * static_cast<size_t>(row_stride(c.intermediate_size, kernels_)));
   f(scratch_.h_scales, rows * sizeof(RowScale));
   f(scratch_.workspace, static_cast<size_t>(engine_->pool.size() * workspace_bytes()));
-  f(scratch_.out, static_cast<size_t>(tokens_ * c.hidden_size) * sizeof(float));
+  f(scratch_.out, static_cast<size_t>(tokens_ * float_stride(c.hidden_size)) * sizeof(float));
 }
 
 int64_t LayerJob::workspace_bytes() const {
@@ -139,8 +140,8 @@ void LayerJob::gate_up(int worker, int workers) {
       t.x = {scratch_.x_q.data() + first * stride, stride,
              scratch_.x_scales.as<RowScale>() + first};
       t.count = routing_.begin[group + 1] - first;
-      t.h = scratch_.h.as<float>() + first * c.intermediate_size;
-      t.h_stride = c.intermediate_size;
+      t.h = scratch_.h.as<float>() + first * float_stride(c.intermediate_size);
+      t.h_stride = float_stride(c.intermediate_size);
       t.workspace = workspace(worker);
       run(t);
     }
@@ -151,7 +152,7 @@ void LayerJob::quantize_intermediate(int worker, int workers) {
   const int64_t width = layer_.config().intermediate_size;
   const auto [begin, end] = share(routing_.pairs(), worker, workers);
   for (int64_t i = begin; i < end; ++i)
-    kernels_.quantize_f32(scratch_.h.as<float>() + i * width, width,
+    kernels_.quantize_f32(scratch_.h.as<float>() + i * float_stride(width), width,
                           scratch_.h_q.data() + i * row_stride(width, kernels_),
                           scratch_.h_scales.as<RowScale>() + i);
 }
@@ -164,6 +165,7 @@ void LayerJob::down(int worker, int workers) {
   const auto run = c.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
   const int64_t tasks = (panels + kDownPanels - 1) / kDownPanels;
   float* sums = scratch_.out.as<float>();
+  const int64_t sums_stride = float_stride(c.hidden_size);
   for (auto [task, end] = next_down_.take(tasks, workers); task < end;
        std::tie(task, end) = next_down_.take(tasks, workers)) {
     DownTask t;
@@ -172,7 +174,7 @@ void LayerJob::down(int worker, int workers) {
     const int64_t column = t.panel * kPanelRows;
     const int64_t columns = t.panels * kPanelRows;
     for (int64_t row = 0; row < tokens_; ++row)
-      std::fill_n(sums + row * c.hidden_size + column, columns, 0.0f);
+      std::fill_n(sums + row * sums_stride + column, columns, 0.0f);
     for (size_t group = 0; group < routing_.experts.size(); ++group) {
       const int64_t first = routing_.begin[group];
       t.down = layer_.matrix(routing_.experts[group], Projection::kDown);
@@ -184,12 +186,12 @@ void LayerJob::down(int worker, int workers) {
       t.weights = routing_.weights.data() + first;
       t.count = routing_.begin[group + 1] - first;
       t.out = sums;
-      t.out_stride = c.hidden_size;
+      t.out_stride = sums_stride;
       t.workspace = workspace(worker);
       run(t);
     }
     for (int64_t row = 0; row < tokens_; ++row) {
-      const float* from = sums + row * c.hidden_size + column;
+      const float* from = sums + row * sums_stride + column;
       const int64_t to = row * c.hidden_size + column;
       if (dtype_ == ActivationDtype::kBf16) {
         kernels_.store_bf16(from, columns, static_cast<uint16_t*>(out_) + to);

@@ -1,0 +1,128 @@
+"""Checks of the GPU, its driver and its memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from deploy.checks import Result, Situation, Status
+from deploy.progress import gigabytes
+
+#: The FP8 weights of attention need it: Ampere runs them through Marlin's kernels.
+LEAST_CAPABILITY = (8, 0)
+
+
+def check_device(situation: Situation) -> Iterator[Result]:
+    """A GPU if the settings want one."""
+    machine, device = situation.machine, situation.values["KT_DEVICE"]
+    if machine.gpu_problem:
+        yield Result(
+            "gpu",
+            Status.FAIL if device == "cuda" else Status.WARN,
+            "a working NVIDIA GPU",
+            machine.gpu_problem,
+            "install the driver (in a container: the NVIDIA container toolkit), or set "
+            "KT_DEVICE=cpu to do without, slowly",
+        )
+    elif machine.gpu is None:
+        yield Result(
+            "gpu",
+            Status.FAIL if device == "cuda" else Status.PASS,
+            "an NVIDIA GPU" if device == "cuda" else "nothing in CPU mode",
+            "no GPU",
+            "set KT_DEVICE=cpu to run without one, slowly" if device == "cuda" else "",
+        )
+    else:
+        gpu = machine.gpu
+        capability = ".".join(map(str, gpu.compute_capability))
+        wanted = situation.values["KT_TENSOR_PARALLEL_SIZE"] if device == "cuda" else 1
+        enough = gpu.count >= wanted
+        yield Result(
+            "gpu",
+            Status.PASS if enough else Status.FAIL,
+            "an NVIDIA GPU" if wanted == 1 else f"{wanted} NVIDIA GPUs",
+            (f"{gpu.count} x " if gpu.count > 1 or not enough else "")
+            + f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, compute capability {capability}, "
+            f"driver for CUDA {gpu.cuda_version[0]}.{gpu.cuda_version[1]}",
+            ""
+            if enough
+            else f"set KT_TENSOR_PARALLEL_SIZE={gpu.count} or let CUDA_VISIBLE_DEVICES show more",
+        )
+
+
+def check_compute_capability(situation: Situation) -> Iterator[Result]:
+    """The card has the instructions that FP8 weights need."""
+    gpu = situation.machine.gpu
+    if gpu is None or situation.values["KT_DEVICE"] != "cuda":
+        return
+    enough = gpu.compute_capability >= LEAST_CAPABILITY
+    yield Result(
+        "compute-capability",
+        Status.PASS if enough else Status.FAIL,
+        f"at least {_dotted(LEAST_CAPABILITY)} (Ampere) for FP8 weights",
+        f"{_dotted(gpu.compute_capability)}, {gpu.name}",
+        "" if enough else "choose a newer card by CUDA_VISIBLE_DEVICES, or set KT_DEVICE=cpu",
+    )
+
+
+def check_driver(situation: Situation) -> Iterator[Result]:
+    """The driver runs the CUDA that torch was built for, any minor version of it."""
+    gpu = situation.machine.gpu
+    if gpu is None or situation.values["KT_DEVICE"] != "cuda":
+        return
+    needed = torch_cuda_version()
+    if needed is None:
+        return  # no torch, or one without CUDA: the check of the packages tells
+    enough = gpu.cuda_version[0] >= needed[0]
+    driver = f" (version {gpu.driver})" if gpu.driver else ""
+    yield Result(
+        "driver",
+        Status.PASS if enough else Status.FAIL,
+        f"a driver for CUDA {needed[0]}, as the installed torch is built for {_dotted(needed)}",
+        f"one for CUDA {_dotted(gpu.cuda_version)}{driver}",
+        "" if enough else "update the NVIDIA driver of the host",
+    )
+
+
+def torch_cuda_version() -> tuple[int, int] | None:
+    """The CUDA version that torch was built for, without importing torch; None without CUDA."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    try:
+        text = (Path(spec.submodule_search_locations[0]) / "version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^cuda\b[^=]*=\s*['\"](\d+)\.(\d+)", text, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def check_gpu_memory(situation: Situation) -> Iterator[Result]:
+    """Weights and KV cache fit onto the card, besides what other programs have there."""
+    gpu, values = situation.machine.gpu, situation.values
+    if gpu is None or values["KT_DEVICE"] != "cuda":
+        return
+    needed = situation.needs.gpu_memory(values)
+    used = gpu.used_bytes or 0
+    experts, tokens = values["KT_NUM_GPU_EXPERTS"], values["KT_MAX_TOTAL_TOKENS"]
+    cache = f"a KV cache of {tokens} tokens" if tokens else "no KV cache yet"
+    if gpu.memory_bytes < needed:
+        todo = "lower KT_NUM_GPU_EXPERTS or KT_MAX_TOTAL_TOKENS, or use a larger card"
+    else:
+        todo = "end the programs that nvidia-smi lists"
+    enough = gpu.memory_bytes - used >= needed
+    yield Result(
+        "vram",
+        Status.PASS if enough else Status.FAIL,
+        f"{gigabytes(needed)} free on each GPU for {situation.needs.what} with {experts} experts "
+        f"of each layer and {cache}",
+        f"{gigabytes(gpu.memory_bytes - used)} of {gigabytes(gpu.memory_bytes)}"
+        + ("" if gpu.used_bytes is not None else " (what is in use is not known)"),
+        "" if enough else todo,
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,191 @@
+"""What a model needs of a machine, from its own files; from V3.2's numbers while it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, parse_expert_name
+from convert.model_config import read_json, read_model_dims
+from deploy.marker import Marker, read_marker
+from kt_kernel.errors import UserError
+from kt_kernel.packed import KT_METHODS, PackedLayout
+
+#: V3.2 as far as the sizes below depend on it, and its bytes on the Hub.
+V32_CONFIG: Mapping[str, Any] = {
+    "num_hidden_layers": 61,
+    "first_k_dense_replace": 3,
+    "num_nextn_predict_layers": 1,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "hidden_size": 7168,
+    "moe_intermediate_size": 2048,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {"quant_method": "fp8"},
+}
+V32_BYTES = 689e9
+#: Of these, bytes that are loaded besides routed experts: neither those nor the MTP layer.
+V32_RESIDENT_BYTES = 20e9
+
+#: The server besides the model: in memory (measured with the tiny model, 3.5 GiB) and on the GPU
+#: (CUDA's context, activations; what the tutorial's 27.7 GB leave after weights and KV cache).
+SERVER_BYTES = 4e9
+GPU_SERVER_BYTES = 2.5e9
+#: Kernel buffers at 4096 tokens, top-8 and V3.2's width.
+V32_SCRATCH_BYTES = 0.7e9
+#: Below this, the machine does not matter: a laptop serves it.
+SMALL_BYTES = 10e9
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Sizes of one model, in bytes.
+
+    Attributes:
+        known: taken from the model's own files and not V3.2's.
+        download: of the whole repository's weights.
+        packed: of all packed layer files, by method (``int4``, ``int8``).
+        experts: routed experts of one layer.
+        moe_layers: layers with routed experts.
+        expert: one routed expert in the checkpoint.
+        resident: weights besides routed experts.
+        kv_per_token: of the KV cache.
+        scratch_per_token: kernel buffers per token of a prefill chunk.
+    """
+
+    known: bool
+    download: float
+    packed: Mapping[str, float]
+    experts: int
+    moe_layers: int
+    expert: float
+    resident: float
+    kv_per_token: float
+    scratch_per_token: float
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the machine does not matter: a demo's model, or a test's."""
+        return self.download < SMALL_BYTES
+
+    @property
+    def what(self) -> str:
+        """Whose sizes these are, for people."""
+        return "this model" if self.known else "V3.2 (the model is not there yet)"
+
+    def memory(self, values: Mapping[str, Any]) -> float:
+        """Main memory to serve with these settings."""
+        share = 1 - min(values["KT_NUM_GPU_EXPERTS"], self.experts) / self.experts
+        in_cpu_mode = values["KT_DEVICE"] == "cpu"
+        needed = self.packed[KT_METHODS[values["KT_METHOD"]]] * (1 if in_cpu_mode else share)
+        needed += self.scratch_per_token * values["KT_CHUNKED_PREFILL_SIZE"] + SERVER_BYTES
+        if in_cpu_mode:  # everything is here, and FP8 becomes bf16
+            needed += 2 * self.resident + self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)
+        return needed
+
+    def gpu_memory(self, values: Mapping[str, Any]) -> float:
+        """Memory of each GPU to serve with these settings."""
+        experts = min(values["KT_NUM_GPU_EXPERTS"], self.experts) * self.moe_layers * self.expert
+        cache = self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)  # each GPU has all of it
+        shared = (self.resident + experts) / values["KT_TENSOR_PARALLEL_SIZE"]
+        return shared + cache + GPU_SERVER_BYTES
+
+
+def model_needs(model_path: Path) -> Needs:
+    """The needs of the model in a directory, as well as its files tell.
+
+    Never fails: files that cannot be read are reported by the check of the model.
+    """
+    try:
+        config = read_json(model_path / CONFIG_NAME)
+        dims = read_model_dims(model_path / CONFIG_NAME)
+        packed = {
+            method: len(dims.moe_layers())
+            * float(
+                sum(
+                    spec.nbytes
+                    for spec in PackedLayout(
+                        dims.num_experts, dims.hidden_size, dims.intermediate_size, method
+                    )
+                    .tensors()
+                    .values()
+                )
+            )
+            for method in KT_METHODS.values()
+        }
+        return _needs(config, packed, len(dims.moe_layers()), model_path)
+    except (UserError, KeyError, TypeError, ValueError):
+        pass
+    layout = {m: PackedLayout(256, 7168, 2048, m).tensors().values() for m in KT_METHODS.values()}
+    packed = {method: 58.0 * sum(spec.nbytes for spec in specs) for method, specs in layout.items()}
+    return _needs(V32_CONFIG, packed, 58, None)
+
+
+def _needs(
+    config: Mapping[str, Any], packed: Mapping[str, float], moe_layers: int, path: Path | None
+) -> Needs:
+    weights = 3 * config["hidden_size"] * config["moe_intermediate_size"]
+    expert = weights * ((1 + 4 / 128**2) if config.get("quantization_config") else 2)
+    experts = int(config["n_routed_experts"])
+    width = config["num_experts_per_tok"] * config["hidden_size"]
+    download, resident = V32_BYTES, V32_RESIDENT_BYTES
+    if path is not None:
+        # MTP layers are downloaded, too, but not loaded.
+        all_layers = moe_layers + int(config.get("num_nextn_predict_layers") or 0)
+        download = _download_bytes(path, all_layers * experts * expert)
+        resident = max(0.0, download - all_layers * experts * expert)
+        resident = _resident_bytes(path, resident)
+    return Needs(
+        known=path is not None,
+        download=download,
+        packed=packed,
+        experts=experts,
+        moe_layers=moe_layers,
+        expert=expert,
+        resident=resident,
+        kv_per_token=2
+        * config["num_hidden_layers"]
+        * (config["kv_lora_rank"] + config["qk_rope_head_dim"]),
+        scratch_per_token=V32_SCRATCH_BYTES / 4096 * width / (8 * 7168),
+    )
+
+
+def _download_bytes(path: Path, otherwise: float) -> float:
+    marker = marker_of(path)
+    if marker is not None and marker.files:
+        return marker.total_bytes
+    if (path / INDEX_NAME).is_file():
+        return float(read_json(path / INDEX_NAME)["metadata"]["total_size"])
+    return otherwise
+
+
+def _resident_bytes(path: Path, otherwise: float) -> float:
+    """Bytes of the tensors that are neither routed experts nor of an MTP layer."""
+    try:
+        with Checkpoint(path) as checkpoint:
+            layers = checkpoint.dims.num_layers
+            return float(
+                sum(
+                    checkpoint.nbytes(name)
+                    for name in checkpoint.names
+                    if parse_expert_name(name) is None and _layer_of(name) < layers
+                )
+            )
+    except UserError:  # not downloaded to its end
+        return otherwise
+
+
+def _layer_of(name: str) -> int:
+    parts = name.split(".")
+    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2].isdigit() else -1
+
+
+def marker_of(path: Path) -> Marker | None:
+    """The download's marker, None if there is none that can be read."""
+    try:
+        return read_marker(path)
+    except UserError:
+        return None

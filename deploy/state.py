@@ -1,0 +1,219 @@
+"""What a stage is doing, in a small file that others can read: ``KT_RUN_DIR/<stage>.json``.
+
+Written whole or not at all, by the stage itself; ``health`` reads it. Writing is best effort: a
+stage never fails because nobody could be told about it. The files are in a directory of their own
+and not beside the model or the weights, which stay the same to the byte however often a run was
+interrupted, and may be mounted read-only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from deploy.progress import gigabytes
+from deploy.report import say
+from deploy.setting import AUTO
+
+#: Stages that have a state; the others are over in a moment.
+STATEFUL = ("download", "convert", "serve")
+DONE, FAILED, READY = "done", "failed", "ready"
+HEARTBEAT_SECONDS = 5.0
+#: Without a sign of life for so long, a stage that cannot be asked counts as dead.
+STALE_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class State:
+    """One stage's state.
+
+    Attributes:
+        stage: ``download``, ``convert`` or ``serve``.
+        phase: what it is doing (``downloading``, ``verifying``, ``converting``, ``checking``,
+            ``loading``, ``ready`` ...), or ``done`` or ``failed``.
+        message: the reason of a failure; else empty.
+        done, total: progress in ``unit``; None where there is nothing to count.
+        unit: ``bytes`` or ``layers``.
+        pid: of the stage's process, in the PID namespace ``pid_namespace``.
+        pid_started: start of that process in clock ticks since the machine's start, because pids
+            are used again.
+        started, updated: seconds since the epoch.
+    """
+
+    stage: str
+    phase: str
+    message: str = ""
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    pid: int = 0
+    pid_started: int = 0
+    pid_namespace: str = ""
+    started: float = 0.0
+    updated: float = 0.0
+
+    def line(self) -> str:
+        """The state in one line for people."""
+        if self.phase == FAILED:
+            return f"failed: {self.message}"
+        if self.phase == DONE:
+            return f"{self.stage} finished"
+        if self.done is None or self.total is None:
+            return self.phase
+        if self.unit == "bytes":
+            return f"{self.phase} {_of_bytes(self.done, self.total)}"
+        return f"{self.phase} {self.done} of {self.total} {self.unit}"
+
+    def is_alive(self, now: float | None = None) -> bool:
+        """Whether the stage's process still runs.
+
+        A process of another container cannot be asked: it counts as alive while it gives signs of
+        life, and the server, which gives none, always.
+        """
+        if self.pid_namespace != _pid_namespace():
+            now = time.time() if now is None else now
+            return self.stage == "serve" or now - self.updated < STALE_SECONDS
+        return self.pid_started != 0 and _process_start(self.pid) == self.pid_started
+
+
+def _of_bytes(done: int, total: int) -> str:
+    """``12.3 of 688.6 GB``."""
+    text, unit = gigabytes(total).split(" ", 1)
+    size = {"GB": 1e9, "MB": 1e6, "kB": 1e3}.get(unit, 1.0)
+    return f"{done / size:.1f} of {text} {unit}" if size > 1 else f"{done} of {text} {unit}"
+
+
+def _process_start(pid: int) -> int:
+    """Start time of a process in clock ticks since boot; 0 if there is no such process."""
+    try:
+        # The second field, the name, may hold spaces and brackets: count from its end.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def run_directory(setting: str | Path) -> Path:
+    """Where the state files are: the value of ``KT_RUN_DIR``, with ``auto`` resolved."""
+    if str(setting) != AUTO:
+        return Path(setting)
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.access(runtime, os.W_OK):
+        return Path(runtime) / "kt-kernel"
+    return Path(tempfile.gettempdir()) / f"kt-kernel-{os.getuid()}"
+
+
+def read_state(directory: Path, stage: str) -> State | None:
+    """The state that a stage left, None if there is none that can be read."""
+    try:
+        found = json.loads((directory / f"{stage}.json").read_bytes())
+        known = {name: found[name] for name in State.__dataclass_fields__ if name in found}
+        return State(**known)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_state(directory: Path, state: State) -> None:
+    """Replace a state file as a whole.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = directory / f"{state.stage}.json"
+    fd, temporary = tempfile.mkstemp(dir=directory, prefix=f".{state.stage}-")
+    try:
+        with os.fdopen(fd, "w") as file:
+            file.write(json.dumps(asdict(state), indent=1) + "\n")
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class StageState:
+    """Keeps the state file of this process's stage.
+
+    Says nothing while another live process has the same stage in the same directory: the state of
+    a running server is not that of the second one that found its port taken.
+    """
+
+    def __init__(self, directory: Path, stage: str) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        earlier = read_state(directory, stage)
+        self._silent = (
+            earlier is not None
+            and earlier.phase not in (DONE, FAILED)
+            and earlier.pid != os.getpid()
+            and earlier.pid_namespace == _pid_namespace()
+            and earlier.is_alive()
+        )
+        self._state = State(
+            stage,
+            "starting",
+            pid=os.getpid(),
+            pid_started=_process_start(os.getpid()),
+            pid_namespace=_pid_namespace(),
+            started=time.time(),
+        )
+
+    def set(self, phase: str, message: str = "") -> None:
+        """Say what the stage does now."""
+        self._write(phase=phase, message=message, done=None, total=None, unit="")
+
+    def fail(self, reason: str) -> None:
+        """Say why the stage ended."""
+        self.set(FAILED, reason)
+
+    @contextmanager
+    def watch(
+        self, phase: str, total: int, done: Callable[[], int], unit: str = "bytes"
+    ) -> Iterator[None]:
+        """While the block runs, say every few seconds how much is done."""
+        stop = threading.Event()
+
+        def tell() -> None:
+            self._write(phase=phase, message="", done=done(), total=total, unit=unit)
+
+        def repeat() -> None:
+            while not stop.wait(HEARTBEAT_SECONDS):
+                tell()
+
+        tell()
+        thread = threading.Thread(target=repeat, name="state", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _write(self, **changes: object) -> None:
+        with self._lock:
+            self._state = replace(self._state, updated=time.time(), **changes)  # type: ignore[arg-type]
+            if self._silent:
+                return
+            try:
+                write_state(self._directory, self._state)
+            except OSError as error:
+                self._silent = True
+                say(
+                    f"warning: cannot write the state to KT_RUN_DIR {self._directory} "
+                    f"({error.strerror}): `health` will not know about this stage"
+                )
