@@ -1,13 +1,15 @@
 """SGLang plugin: stock SGLang with kt_kernel's experts, with and without a GPU.
 
 SGLang calls :func:`register` in every process it starts (entry point group
-``sglang.srt.plugins``). The launcher calls :func:`launch_environment` before it
-starts SGLang. Importing this package imports neither torch nor SGLang.
+``sglang.srt.plugins``). The launcher calls :func:`check_registered` and
+:func:`launch_environment` before it starts SGLang. Importing this package imports
+neither torch nor SGLang.
 """
 
 from kt_kernel.sglang_plugin.device import detect_device, launch_environment
+from kt_kernel.sglang_plugin.registration import check_registered
 
-__all__ = ["detect_device", "launch_environment", "register"]
+__all__ = ["check_registered", "detect_device", "launch_environment", "register"]
 
 
 def register() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kt_kernel.errors import UserError
+from kt_kernel.sglang_plugin.registration import with_our_plugin
 
 DEVICES = ("auto", "cuda", "cpu")
 STAND_IN_PATH = Path(__file__).resolve().parent / "cpu_mode" / "stand_in"
@@ -33,16 +34,17 @@ def launch_environment(device: str, environ: Mapping[str, str] | None = None) ->
     """Environment variables to set, on top of ``environ``, before SGLang starts.
 
     ``device`` is "auto", "cuda" or "cpu"; ``environ`` (default ``os.environ``) is
-    where the PYTHONPATH to extend is read. With a GPU the result only records the
-    decision (KT_DEVICE), so that every process of the server agrees on it.
-    Raises :class:`UserError` for any other device.
+    where lists to extend (PYTHONPATH, SGLANG_PLUGINS) are read. With a GPU the result
+    records the decision (KT_DEVICE), so that every process of the server agrees on it,
+    and changes nothing else that is not set. Raises :class:`UserError` for any other device.
     """
     environ = os.environ if environ is None else environ
     device = _known_device(device)
     if device == "auto":
         device = detect_device()
+    plugins = with_our_plugin(environ)
     if device == "cuda":
-        return {"KT_DEVICE": "cuda"}
+        return {"KT_DEVICE": "cuda", **plugins}
     python_path = [str(STAND_IN_PATH)]
     for entry in environ.get("PYTHONPATH", "").split(os.pathsep):
         if entry and entry not in python_path:
@@ -58,6 +60,7 @@ def launch_environment(device: str, environ: Mapping[str, str] | None = None) ->
         # SGLang compiles its routing helpers with torch.compile on first use: half a minute
         # and a C++ compiler, to save microseconds.
         "TORCHDYNAMO_DISABLE": "1",
+        **plugins,
     }
 
 
@@ -81,14 +84,11 @@ def runs_on_cpu(environ: Mapping[str, str] | None = None) -> bool:
 def check_cpu_environment(environ: Mapping[str, str] | None = None) -> None:
     """Raise :class:`UserError` unless :func:`launch_environment` was applied for the CPU."""
     environ = os.environ if environ is None else environ
-    wanted = launch_environment("cpu", environ)
-    missing = [
-        f"{name}={wanted[name]}"
-        for name in ("SGLANG_USE_CPU_ENGINE",)
-        if environ.get(name) != wanted[name]
-    ]
+    missing = []
+    if environ.get("SGLANG_USE_CPU_ENGINE") != "1":
+        missing.append("SGLANG_USE_CPU_ENGINE=1")
     if environ.get("PYTHONPATH", "").split(os.pathsep)[0] != str(STAND_IN_PATH):
-        missing.append(f"PYTHONPATH={wanted['PYTHONPATH']}")
+        missing.append(f"PYTHONPATH={launch_environment('cpu', environ)['PYTHONPATH']}")
     if missing:
         raise UserError(
             "this server runs without a GPU, but its environment is not prepared for that: set "

@@ -9,7 +9,7 @@ from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin import activity, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
-from kt_kernel.sglang_plugin.refusal import refusing_to_serve, sglang_version
+from kt_kernel.sglang_plugin.refusal import TESTED_SGLANG, refusing_to_serve, sglang_version
 
 Kind = Literal["before", "after", "around", "replace", "entry"]
 
@@ -107,6 +107,13 @@ HOOKS: list[Hook] = [
         "Triton has no CPU backend; the tutorial's flags ask for it",
         "cpu",
     ),
+    Hook(
+        "sglang.srt.utils.common.support_triton",
+        "replace",
+        attention.support_triton,
+        "SGLang 0.5.16 takes the backend's name, triton, as proof that Triton kernels can run",
+        "cpu",
+    ),
 ]
 
 
@@ -159,8 +166,7 @@ def check(hooks: Iterable[Hook]) -> None:
         names = ", ".join(f"{hook.target} ({hook.kind})" for hook in missing)
         raise UserError(
             f"SGLang {sglang_version()} did not take {len(missing)} of the kt_kernel plugin's "
-            f"hooks: {names}; its answers would be wrong, so it does not serve; "
-            "use an SGLang version this package names as supported"
+            f"hooks: {names}; its answers would be wrong, so it does not serve; {TESTED_SGLANG}"
         )
 
 
@@ -197,7 +203,7 @@ def _entry(hook: Hook) -> tuple[dict[str, Any], str]:
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"SGLang {sglang_version()} has no {path} ({error}), which the kt_kernel plugin needs "
-            f"because {hook.reason}; use an SGLang version this package names as supported"
+            f"because {hook.reason}; {TESTED_SGLANG}"
         ) from error
     if not isinstance(dictionary, dict):
         raise UserError(

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from kt_kernel.errors import UserError
 
+TESTED_SGLANG = "this package is tested with SGLang 0.5.16 and 0.5.23"
+
 
 def sglang_version() -> str:
     """Version of the installed SGLang, or "(not installed)"."""
@@ -40,6 +42,5 @@ def refusing_to_serve(what: str) -> Iterator[None]:
         refuse_to_serve(str(error))
     except Exception as error:
         refuse_to_serve(
-            f"{what} in SGLang {sglang_version()}: {type(error).__name__}: {error}; "
-            "use an SGLang version this package names as supported"
+            f"{what} in SGLang {sglang_version()}: {type(error).__name__}: {error}; {TESTED_SGLANG}"
         )

@@ -20,3 +20,8 @@ def create_torch_native_backend(runner: Any) -> Any:
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     return ATTENTION_BACKENDS["torch_native"](runner)
+
+
+def support_triton(backend: str) -> bool:
+    """Whether Triton kernels can run beside the attention backend of that name: not here."""
+    return False

@@ -10,15 +10,19 @@ from typing import Any, NoReturn
 
 __version__ = "0.0.0+stand.in"
 
-# Imported at module level by SGLang 0.5.16 to 0.5.23 with SGLANG_USE_CPU_ENGINE=1.
+# Imported at module level by SGLang 0.5.16 or 0.5.23 with SGLANG_USE_CPU_ENGINE=1.
 STUBBED_FUNCTIONS = (
     "assign_draft_cache_locs_contiguous_cpu",
     "assign_extend_cache_locs_cpu",
     "assign_req_to_token_pool_cpu",
     "build_tree_kernel_efficient_cpu",
+    "causal_conv1d_fwd",
+    "causal_conv1d_update",
     "copy_all_layer_kv_cache_cpu",
     "fill_accept_out_cache_loc_cpu",
     "fill_bonus_tokens_cpu",
+    "gptq_gemm",
+    "gptq_shuffle",
     "rmsnorm",
     "verify_tree_greedy_cpu",
 )
