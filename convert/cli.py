@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -126,21 +126,33 @@ def _stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(num, handler)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+def main(
+    argv: Sequence[str] | None = None,
+    on_layers: Callable[[int, int], None] = lambda finished, total: None,
+    on_failure: Callable[[str], None] = lambda reason: None,
+) -> int:
+    """Run the command; returns its exit code.
+
+    Args:
+        argv: the flags; None takes this process's.
+        on_layers: is told the finished layers and their total, at the start and after each layer.
+        on_failure: is told the reason when the exit code will not be 0.
+    """
     try:
         options = parse_options(argv)
         with _stop_on_signals() as stop:
-            convert_checkpoint(options, stop, lambda line: print(line, flush=True))
+            convert_checkpoint(options, stop, lambda line: print(line, flush=True), on_layers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        on_failure(str(error))
         return 2
     except Stopped as stopped:
         finished = f"{stopped.finished} are finished and kept; " if stopped.finished else ""
-        print(
+        reason = (
             f"interrupted by {signal.Signals(stopped.signum).name}: {finished}run the same command "
-            f"again to go on",
-            file=sys.stderr,
+            f"again to go on"
         )
+        print(reason, file=sys.stderr)
+        on_failure(reason)
         return 128 + stopped.signum
     return 0

@@ -43,13 +43,19 @@ class LayerResult:
     error: float
 
 
-def convert_checkpoint(options: Options, stop: StopRequest, say: Callable[[str], None]) -> None:
+def convert_checkpoint(
+    options: Options,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    on_layers: Callable[[int, int], None] = lambda finished, total: None,
+) -> None:
     """Convert a checkpoint, or what earlier runs left of it to do.
 
     Args:
         options: what to convert and how.
         stop: asked between two pieces of work.
         say: receives every line of progress.
+        on_layers: is told the finished layers and their total, at the start and after each layer.
 
     Raises:
         UserError: the source, the output or the disk is not as it should be.
@@ -75,7 +81,7 @@ def convert_checkpoint(options: Options, stop: StopRequest, say: Callable[[str],
             f"layers of {layout.num_experts} experts, {options.input_type}"
         )
         with OutputDirectory(options.output) as output:
-            _convert_layers(checkpoint, output, identity, options, stop, say)
+            _convert_layers(checkpoint, output, identity, options, stop, say, on_layers)
         size = sum(file_bytes(layout, identity.layer_metadata(idx)) for idx in identity.moe_layers)
         say(
             f"done: {options.output}, {len(identity.moe_layers)} files, {gigabytes(size)}, "
@@ -90,6 +96,7 @@ def _convert_layers(
     options: Options,
     stop: StopRequest,
     say: Callable[[str], None],
+    on_layers: Callable[[int, int], None],
 ) -> None:
     manifest = output.survey(identity, stop, say)
     todo = [idx for idx in identity.moe_layers if idx not in manifest.layers]
@@ -101,6 +108,7 @@ def _convert_layers(
         f"output: {output.path}, {options.method}, {total - len(todo)} of {total} layers finished "
         f"before, {gigabytes(needed)} to write, {gigabytes(free)} free, {options.threads} threads"
     )
+    on_layers(total - len(todo), total)
     seconds = 0.0
     pool = worker_pool(options.threads, options.nodes)
     try:
@@ -108,7 +116,9 @@ def _convert_layers(
             result = _convert_layer(checkpoint, output, manifest, layer_idx, pool, stop)
             seconds += result.seconds
             remaining = seconds / count * (len(todo) - count)
-            say(progress_line(result, identity, total - len(todo) + count, remaining))
+            finished = total - len(todo) + count
+            say(progress_line(result, identity, finished, remaining))
+            on_layers(finished, total)
     except Stopped as stopped:
         raise Stopped(stopped.signum, f"{len(manifest.layers)} of {total} layers") from None
     finally:

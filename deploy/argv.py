@@ -146,10 +146,24 @@ def serve_command(config: Config, machine: Machine) -> Command:
     secrets = [str(values[s.name]) for s, _, given in flags if s.secret and given]
     return Command(
         [PYTHON, "-m", SGLANG_MODULE, *words, *extra],
-        {**_serving_variables(config), **launch_environment(device, config.environment)},
+        {
+            **_serving_variables(config),
+            **_health_variable(config),
+            **launch_environment(device, config.environment),
+        },
         notes,
         frozenset(secrets),
     )
+
+
+def _health_variable(config: Config) -> dict[str, str]:
+    """Keep SGLang's /health from generating a token, unless the user has decided otherwise.
+
+    It answers 503 when the token takes 20 s, and a chunk of a prompt can take 40 s on the CPU: a
+    busy server would be restarted. ``/health_generate`` generates all the same.
+    """
+    name = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+    return {} if name in config.environment else {name: "false"}
 
 
 def convert_command(config: Config, machine: Machine) -> Command:

@@ -11,8 +11,8 @@ from deploy.config import Config, export
 from deploy.machine import survey
 
 
-def run(config: Config, as_json: bool) -> int:
-    """Print the report.
+def run(config: Config, as_json: bool, host_only: bool) -> int:
+    """Print the report; ``host_only`` leaves out what needs a model and its weights.
 
     Returns:
         0 if no check failed, 1 otherwise.
@@ -20,7 +20,8 @@ def run(config: Config, as_json: bool) -> int:
     export(config)
     machine = survey()
     values, notes = resolve(config, machine)
-    results = run_checks(Situation(values, config.environment, machine), all_checks())
+    entries = [entry for entry in all_checks() if entry.host or not host_only]
+    results = run_checks(Situation(values, config.environment, machine), entries)
     failed = sum(result.status is Status.FAIL for result in results)
     if as_json:
         print(

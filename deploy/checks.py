@@ -1,8 +1,8 @@
 """Checks before serving: each says what was expected, what was found and what to do.
 
 ``serve`` runs the checks marked for it and refuses to start on a FAIL; ``check`` runs them all and
-prints a report. A check is a function from :class:`Situation` to results; :data:`CHECKS` is the
-list of them, in the order of the report.
+prints a report. A check is a function from :class:`Situation` to results; :func:`all_checks`
+lists them in the order of the report.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import importlib.util
 import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from deploy.limits import Memory, read_memory
 from deploy.machine import Machine
+
+if TYPE_CHECKING:
+    from deploy.needs import Needs
 
 SGLANG_VERSION = "0.5.23"
 
@@ -62,11 +67,30 @@ class Situation:
         values: the settings with every ``auto`` replaced.
         environment: variables that the server would get.
         machine: facts about this machine.
+        root: where /proc, /sys and /dev are looked for.
     """
 
     values: Mapping[str, Any]
     environment: Mapping[str, str]
     machine: Machine
+    root: Path = Path("/")
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Sizes of the model."""
+        from deploy.needs import model_needs  # loads numpy, which `serve --print` does without
+
+        return model_needs(self.model_path)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """Main memory of this machine."""
+        return read_memory(self.root)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the model is so small that speed does not matter: a demo's, a test's."""
+        return self.needs.is_small
 
     @property
     def model_path(self) -> Path:
@@ -111,38 +135,6 @@ def check_packages(situation: Situation) -> Iterator[Result]:
     )
 
 
-def check_device(situation: Situation) -> Iterator[Result]:
-    """A GPU if the settings want one."""
-    machine, device = situation.machine, situation.values["KT_DEVICE"]
-    if machine.gpu_problem:
-        yield Result(
-            "gpu",
-            Status.FAIL if device == "cuda" else Status.WARN,
-            "a working NVIDIA GPU",
-            machine.gpu_problem,
-            "install the driver (in a container: the NVIDIA container toolkit), or set "
-            "KT_DEVICE=cpu to do without, slowly",
-        )
-    elif machine.gpu is None:
-        yield Result(
-            "gpu",
-            Status.FAIL if device == "cuda" else Status.PASS,
-            "an NVIDIA GPU" if device == "cuda" else "nothing in CPU mode",
-            "no GPU",
-            "set KT_DEVICE=cpu to run without one, slowly" if device == "cuda" else "",
-        )
-    else:
-        gpu = machine.gpu
-        capability = ".".join(map(str, gpu.compute_capability))
-        yield Result(
-            "gpu",
-            Status.PASS,
-            "an NVIDIA GPU",
-            f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, compute capability {capability}, "
-            f"driver for CUDA {gpu.cuda_version[0]}.{gpu.cuda_version[1]}",
-        )
-
-
 def check_threads(situation: Situation) -> Iterator[Result]:
     """Threads of the experts against what this process may use.
 
@@ -182,7 +174,7 @@ def check_threads(situation: Situation) -> Iterator[Result]:
         yield Result("threads", Status.PASS, expected, f"{threads} threads for {cpus}")
     if pools > threads:
         yield Result(
-            "thread pools",
+            "thread-pools",
             Status.FAIL,
             f"KT_THREADPOOL_COUNT of at most KT_CPUINFER={threads}",
             f"{pools}",
@@ -191,7 +183,7 @@ def check_threads(situation: Situation) -> Iterator[Result]:
     else:
         fits = pools == machine.numa_nodes
         yield Result(
-            "thread pools",
+            "thread-pools",
             Status.PASS if fits else Status.WARN,
             f"one pool per NUMA node, that is KT_THREADPOOL_COUNT={machine.numa_nodes}",
             f"{pools}",
@@ -234,29 +226,58 @@ def address_problem(host: str, port: int) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of :data:`CHECKS`; ``serve`` says whether the stage ``serve`` runs it."""
+    """A check and when it runs.
+
+    Attributes:
+        check: the function.
+        serve: ``serve`` runs it before it starts.
+        sized: it compares with the model's size; before serving, that of a model that is not there
+            is not guessed.
+        host: it looks at the machine only and needs no model (``check --host``).
+    """
 
     check: Check
     serve: bool
+    sized: bool = False
+    host: bool = True
 
 
 def all_checks() -> tuple[Entry, ...]:
     """Every check, in the order of the report."""
-    from deploy.checks_machine import check_disk, check_memory
-    from deploy.checks_model import check_model, check_weights
+    from deploy import checks_cpu, checks_gpu, checks_machine, checks_model
 
     return (
         Entry(check_packages, True),
-        Entry(check_device, True),
+        Entry(checks_cpu.check_instruction_set, True),
+        Entry(checks_cpu.check_amx, True),
+        Entry(checks_gpu.check_device, True),
+        Entry(checks_gpu.check_compute_capability, True),
+        Entry(checks_gpu.check_driver, True),
+        Entry(checks_gpu.check_gpu_memory, True, sized=True),
         Entry(check_threads, True),
-        Entry(check_memory, False),
-        Entry(check_disk, False),
-        Entry(check_model, True),
-        Entry(check_weights, True),
+        Entry(checks_cpu.check_cpu_limits, True),
+        Entry(checks_machine.check_memory, True, sized=True),
+        Entry(checks_machine.check_numa_memory, True, sized=True),
+        Entry(checks_machine.check_memory_policy, True),
+        Entry(checks_machine.check_overcommit, True, sized=True),
+        Entry(checks_machine.check_locked_memory, True),
+        Entry(checks_machine.check_huge_pages, True),
+        Entry(checks_machine.check_shared_memory, True),
+        Entry(checks_machine.check_disk, False),
+        Entry(checks_machine.check_run_directory, False),
+        Entry(checks_model.check_model, True, host=False),
+        Entry(checks_model.check_weights, True, host=False),
         Entry(check_port, True),
     )
 
 
 def run_checks(situation: Situation, entries: Iterable[Entry]) -> list[Result]:
-    """Run the checks in order."""
-    return [result for entry in entries for result in entry.check(situation)]
+    """Run the checks in order; a FAIL that the settings tell to ignore becomes a WARN."""
+    ignored = situation.values["KT_IGNORE_CHECKS"] or ()
+    results = [result for entry in entries for result in entry.check(situation)]
+    return [
+        replace(result, status=Status.WARN, todo=f"{result.todo} (KT_IGNORE_CHECKS ignores it)")
+        if result.status is Status.FAIL and result.check in ignored
+        else result
+        for result in results
+    ]

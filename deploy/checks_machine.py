@@ -1,60 +1,241 @@
-"""Checks of memory and disks against what the model needs."""
+"""Checks of memory, disks and the limits of the process against what the model needs."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from deploy import limits
 from deploy.checks import Result, Situation, Status
-from deploy.progress import gigabytes
+from deploy.needs import marker_of
+from deploy.progress import bytes_present, gigabytes
+from deploy.state import run_directory
+from kt_kernel.packed import KT_METHODS
 
-#: V3.2 in bytes, for when it is not there yet to be measured: 654e9 expert weights of 4.13 bits,
-#: and the checkpoint on the Hub.
-V32_INT4_BYTES = 338e9
-V32_MODEL_BYTES = 689e9
+#: NCCL's and torch's shared memory for several GPUs; with one, little is used.
+SHM_BYTES = 1 << 30
+SMALL_SHM_BYTES = 32 << 20
 
 
 def check_memory(situation: Situation) -> Iterator[Result]:
-    """The experts fit into memory: what does not is read from the disk again for every token."""
-    weights = sum(file.stat().st_size for file in situation.weight_path.glob("*.safetensors"))
-    known = weights > 0
-    needed = weights if known else V32_INT4_BYTES
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    expected = f"at least {gigabytes(needed)} of memory for the experts"
-    if not known:
-        expected += " of V3.2 at 4 bits"
-    enough = total >= needed
+    """The experts and the server fit into memory: the kernel holds all weights at once."""
+    memory, needs = situation.memory, situation.needs
+    needed = needs.memory(situation.values)
+    expected = f"{gigabytes(needed)} of memory for {needs.what}"
+    limited = memory.limit is not None and memory.limit < memory.total
+    usable = memory.limit if memory.limit is not None and limited else memory.total
+    found = gigabytes(usable) + (
+        f" granted by the control group, of {gigabytes(memory.total)}" if limited else ""
+    )
+    if usable < needed:
+        raise_limit = limited and memory.total >= needed
+        todo = "raise the container's memory limit" if raise_limit else "add memory"
+        yield Result("memory", Status.FAIL, expected, found, f"{todo}, or serve a smaller model")
+    elif memory.available < needed:
+        yield Result(
+            "memory",
+            Status.WARN,
+            expected,
+            f"{found}, of which {gigabytes(memory.available)} are free",
+            "end other programs: what does not fit ends the server",
+        )
+    else:
+        yield Result("memory", Status.PASS, expected, found)
+
+
+def check_numa_memory(situation: Situation) -> Iterator[Result]:
+    """Each NUMA node holds its threads' share of the experts.
+
+    A pool's weights lie on its own node, so what does not fit there is read from another socket.
+    """
+    nodes = situation.memory.nodes
+    pools: int = situation.values["KT_THREADPOOL_COUNT"]
+    if len(nodes) < 2:
+        return  # the check of the memory tells
+    share = situation.needs.packed[KT_METHODS[situation.values["KT_METHOD"]]] / pools
+    short = [node for node, total in nodes.items() if total < share]
     yield Result(
-        "memory",
-        Status.PASS if enough else Status.FAIL if known else Status.WARN,
+        "numa-memory",
+        Status.WARN if short else Status.PASS,
+        f"{gigabytes(share)} on each of {pools} NUMA nodes for {situation.needs.what}",
+        ", ".join(f"node {node}: {gigabytes(total)}" for node, total in nodes.items()),
+        "spread the memory modules evenly: the rest is read through the slower link between the "
+        "sockets"
+        if short
+        else "",
+    )
+
+
+def check_memory_policy(situation: Situation) -> Iterator[Result]:
+    """This process may bind memory to NUMA nodes (mbind)."""
+    error = limits.memory_policy_error()
+    matters = situation.machine.numa_nodes > 1
+    found = "that it may" if error == 0 else f"{errno.errorcode.get(error, str(error))} from mbind"
+    yield Result(
+        "memory-policy",
+        Status.WARN if error and matters else Status.PASS,
+        "that the process may bind memory to NUMA nodes"
+        if matters
+        else "nothing with one NUMA node",
+        found,
+        "in a container, add the capability SYS_NICE (cap_add); until then memory lies where it "
+        "is first touched"
+        if error and matters
+        else "",
+    )
+
+
+def check_overcommit(situation: Situation) -> Iterator[Result]:
+    """A kernel that never overcommits still has what the server allocates."""
+    left = situation.memory.commit_left
+    if left is None:
+        return
+    needed = situation.needs.memory(situation.values)
+    enough = left >= needed
+    yield Result(
+        "overcommit",
+        Status.PASS if enough else Status.FAIL,
+        f"{gigabytes(needed)} to allocate with vm.overcommit_memory=2",
+        gigabytes(max(left, 0)),
+        "" if enough else "set vm.overcommit_memory=0, or raise vm.overcommit_ratio",
+    )
+
+
+def check_locked_memory(situation: Situation) -> Iterator[Result]:
+    """Memory may be locked where that is of use: for NCCL between several GPUs."""
+    limit = limits.locked_memory_limit()
+    matters = situation.values["KT_TENSOR_PARALLEL_SIZE"] > 1 and limit is not None
+    yield Result(
+        "memlock",
+        Status.WARN if matters else Status.PASS,
+        "no limit of locked memory with several GPUs",
+        "no limit"
+        if limit is None
+        else gigabytes(limit) + ("" if matters else ", which is enough here"),
+        "raise it: ulimit -l unlimited, or ulimits: memlock: -1 of the container"
+        if matters
+        else "",
+    )
+
+
+def check_huge_pages(situation: Situation) -> Iterator[Result]:
+    """The kernel may back the weights with huge pages, for which the program asks."""
+    mode = limits.huge_page_mode(situation.root)
+    good = mode in ("always", "madvise") or situation.is_small
+    yield Result(
+        "huge-pages",
+        Status.PASS if good else Status.WARN,
+        "transparent huge pages in mode madvise or always",
+        f"mode {mode}" if mode else "a kernel without them",
+        ""
+        if good
+        else "on the host: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled; without, "
+        "every few rows of weights cost an address lookup",
+    )
+
+
+def check_shared_memory(situation: Situation) -> Iterator[Result]:
+    """/dev/shm is there and large enough for the server's processes."""
+    several = situation.values["KT_TENSOR_PARALLEL_SIZE"] > 1
+    needed = SHM_BYTES if several else SMALL_SHM_BYTES
+    size, writable = limits.shared_memory(situation.root)
+    expected = f"at least {gigabytes(needed)} in /dev/shm"
+    if not writable:
+        yield Result(
+            "shm",
+            Status.FAIL,
+            expected,
+            "that it cannot be written" if size else "none",
+            "mount a tmpfs there, or set the container's shm_size",
+        )
+        return
+    enough = size >= needed
+    yield Result(
+        "shm",
+        Status.PASS if enough else Status.WARN,
         expected,
-        gigabytes(total),
-        "" if enough else "add memory or serve a smaller model",
+        gigabytes(size),
+        "" if enough else "raise the container's shm_size",
     )
 
 
 def check_disk(situation: Situation) -> Iterator[Result]:
-    """Room for what is still to be downloaded and converted."""
-    for name, path, needed in (
-        ("KT_MODEL_PATH", situation.model_path, V32_MODEL_BYTES),
-        ("KT_WEIGHT_PATH", situation.weight_path, V32_INT4_BYTES),
-    ):
-        if path.is_dir() and any(path.glob("*.safetensors")):
-            continue  # there already; whether it is complete is another check
-        free = shutil.disk_usage(_nearest_existing(path)).free
-        enough = free >= needed
-        yield Result(
-            "disk",
-            Status.PASS if enough else Status.WARN,
-            f"{gigabytes(needed)} free for V3.2 in {name} {path}",
-            f"{gigabytes(free)} free",
-            "" if enough else "free some or choose another disk",
-        )
+    """Room for what is still to be downloaded and converted, also when both share a disk."""
+    still = (
+        ("KT_MODEL_PATH", situation.model_path, bytes_to_download(situation)),
+        ("KT_WEIGHT_PATH", situation.weight_path, bytes_to_convert(situation)),
+    )
+    devices = [_nearest_existing(path).stat().st_dev for _, path, _ in still]
+    shared = devices[0] == devices[1] and all(needed > 0 for _, _, needed in still)
+    together = sum(needed for _, _, needed in still) if shared else 0.0
+    for name, path, needed in still:
+        folder = _nearest_existing(path)
+        free = shutil.disk_usage(folder).free
+        writable = os.access(folder, os.W_OK)
+        expected = f"{gigabytes(needed)} free for {situation.needs.what} in {name} {path}"
+        if shared:
+            expected += f", {gigabytes(together)} with the other on the same disk"
+        if needed <= 0:
+            yield Result("disk", Status.PASS, f"all files in {name} {path}", "nothing to write")
+        elif not writable:
+            yield Result(
+                "disk",
+                Status.FAIL,
+                expected,
+                f"that user {os.getuid()} cannot write to {folder}",
+                "change the owner, or set another path",
+            )
+        else:
+            enough = free >= max(needed, together)
+            yield Result(
+                "disk",
+                Status.PASS if enough else Status.FAIL,
+                expected,
+                f"{gigabytes(free)} free",
+                "" if enough else "free some or choose another disk",
+            )
+
+
+def bytes_to_download(situation: Situation) -> float:
+    """Bytes of the model that are not on the disk yet."""
+    path = situation.model_path
+    marker = marker_of(path)
+    if marker is not None and marker.files:
+        return marker.total_bytes - bytes_present(path, marker.files)
+    present = _bytes_in(path, "*.safetensors")
+    # A model that came another way counts as whole once it has the index's size.
+    return max(0.0, situation.needs.download - present)
+
+
+def bytes_to_convert(situation: Situation) -> float:
+    """Bytes of the packed weights that are not on the disk yet."""
+    whole = situation.needs.packed[situation.values["KT_QUANT_METHOD"]]
+    return max(0.0, whole - _bytes_in(situation.weight_path, "layer-*.safetensors"))
+
+
+def check_run_directory(situation: Situation) -> Iterator[Result]:
+    """The stages can say what they are doing."""
+    directory = run_directory(situation.values["KT_RUN_DIR"])
+    folder = _nearest_existing(directory)
+    writable = os.access(folder, os.W_OK)
+    yield Result(
+        "run-dir",
+        Status.PASS if writable else Status.WARN,
+        f"a KT_RUN_DIR {directory} that can be written",
+        "one" if writable else f"that user {os.getuid()} cannot write to {folder}",
+        "" if writable else "set KT_RUN_DIR, or `health` knows nothing",
+    )
+
+
+def _bytes_in(path: Path, pattern: str) -> int:
+    return sum(file.stat().st_size for file in path.glob(pattern)) if path.is_dir() else 0
 
 
 def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
     return path

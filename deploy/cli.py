@@ -13,8 +13,9 @@ from typing import NoReturn
 
 from deploy.config import Config, load
 from deploy.errors import messages_of
-from deploy.setting import SECTIONS, STAGES, Setting
+from deploy.setting import AUTO, SECTIONS, STAGES, Setting
 from deploy.settings import TABLE
+from deploy.state import STATEFUL, StageState, run_directory
 from kt_kernel.errors import UserError
 
 DESCRIPTION = "Download, convert and serve DeepSeek V3.2 with its experts on the CPU."
@@ -24,6 +25,7 @@ STAGE_HELP = {
     "serve": "check everything, then become SGLang's server",
     "check": "report what this machine and the directories have and lack",
     "smoke": "send the tutorial's chat request to the running server",
+    "health": "say in one line what the stage is doing; exit status 0 if all is well",
 }
 
 
@@ -89,6 +91,19 @@ def build_parser() -> _Parser:
             )
         elif stage == "check":
             sub.add_argument("--json", action="store_true", help="print the report as JSON")
+            sub.add_argument(
+                "--host",
+                action="store_true",
+                help="only what the machine has; neither model nor weights have to be there yet",
+            )
+        elif stage == "health":
+            sub.add_argument("--json", action="store_true", help="print the state as JSON")
+            sub.add_argument(
+                "--stage",
+                choices=STATEFUL,
+                dest="of_stage",
+                help="the stage to tell about; the default is the one that runs or ran last",
+            )
         elif stage == "smoke":
             sub.add_argument(
                 "--base-url",
@@ -125,36 +140,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected a stage: {', '.join(STAGES)}")
     if args.stage == "serve" and args.json and not args.print_only:
         parser.error("--json goes with --print")
+    state: StageState | None = None
     try:
         files = [*args.first_env_file, *getattr(args, "env_file", [])]
-        return _run(args, load(os.environ, files, args.stage))
+        try:
+            config = load(os.environ, files, args.stage)
+        except UserError:
+            state = _open_state(args, os.environ.get("KT_RUN_DIR") or AUTO)
+            raise
+        state = _open_state(args, config["KT_RUN_DIR"])
+        return _run(args, config, state)
     except UserError as error:
-        for message in messages_of(error):
+        messages = messages_of(error)
+        for message in messages:
             print(f"error: {message}", file=sys.stderr)
-        return 2
+        if state is not None:
+            state.fail("; ".join(messages))
+        return 1 if args.stage == "health" else 2  # health checks know 0 and 1 only
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
+        if state is not None:
+            state.fail("interrupted")
         os._exit(130)  # the Hub client's threads would finish their files first
+    except Exception as error:
+        if state is not None:
+            state.fail(f"{type(error).__name__}: {error}")
+        raise
 
 
-def _run(args: argparse.Namespace, config: Config) -> int:
+def _open_state(args: argparse.Namespace, run_dir: str | Path) -> StageState | None:
+    """The state of the stage, if it is one that has a state."""
+    if args.stage not in STATEFUL or (args.stage == "serve" and args.print_only):
+        return None
+    return StageState(run_directory(run_dir), args.stage)
+
+
+def _run(args: argparse.Namespace, config: Config, state: StageState | None) -> int:
     # Each stage imports what it needs: --help and --print stay fast.
-    if args.stage == "download":
-        from deploy import download
-
-        return download.run(config)
-    if args.stage == "convert":
-        from deploy import convert_stage
-
-        convert_stage.run(config)
     if args.stage == "serve":
         from deploy import serve
 
-        return serve.run(config, args.print_only, args.json)
+        return serve.run(config, args.print_only, args.json, state)
+    if state is not None and args.stage == "download":
+        from deploy import download
+
+        return download.run(config, state)
+    if state is not None:
+        from deploy import convert_stage
+
+        return convert_stage.run(config, state)
+    if args.stage == "health":
+        from deploy import health
+
+        return health.run(config, args.of_stage, args.json)
     if args.stage == "check":
         from deploy import check
 
-        return check.run(config, args.json)
+        return check.run(config, args.json, args.host)
     from deploy import smoke
 
     return smoke.run(config, args.base_url)

@@ -55,6 +55,32 @@ setting to leave it out.
 |---|---|---|
 """
 
+HEALTH = """\
+## Health
+
+`python entrypoint.py health [--json] [--stage STAGE]` says in one line what a stage is doing:
+`downloading 12.3 of 688.6 GB`, `verifying ...`, `converting 17 of 58 layers`, `checking`,
+`loading`, `warming up`, `ready`, or `failed: reason`. Its exit status is 0 while `download` and
+`convert` work and when they have finished, and for `serve` only when it is ready; else 1. So it
+serves as the health check of a container in every stage; give it 15 s. It reads a file that the
+stage keeps in `KT_RUN_DIR`, and looks whether the stage's process is alive. Of a server it asks
+`GET /health`.
+
+`GET /health` is SGLang's own. Nothing listens while the server loads, it answers 503 while it warms
+up, and 200 from then on. `serve` sets `SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false` unless you
+set it: with it, every probe of an idle server generates a token, and a prompt that takes the CPU
+longer than 20 s makes the server look dead. To have a token generated, ask `GET /health_generate`
+or run `smoke`. A batch that is stuck ends the server after `KT_WATCHDOG_TIMEOUT`.
+
+## Checks
+
+`check` prints a line `PASS`, `WARN` or `FAIL: name: expected ..., found ..., do ...` for everything
+that the model needs, `--json` the same for programs, and its exit status is 1 if one failed.
+`check --host` (`make doctor`) looks at the machine only. Sizes are the model's own; before it is
+downloaded, those of V3.2. `serve` runs the checks, too, except for the disks, and does not start
+on a FAIL unless `KT_IGNORE_CHECKS` names the check.
+"""
+
 ENV_EXAMPLE = """\
 # Settings of this project, each with its default. Copy to .env and uncomment what you change.
 # {generated}
@@ -80,6 +106,7 @@ def configuration_page() -> str:
             )
     rows = [f"| `{s.adds}` | {s.reason} | `{s.turn_off}` |" for s in TABLE if s.adds]
     parts.append(FLAGS_INTRODUCTION + "\n".join(rows) + "\n")
+    parts.append(HEALTH)
     return "\n".join(parts)
 
 

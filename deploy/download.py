@@ -22,6 +22,7 @@ from deploy.config import Config, export
 from deploy.marker import Marker, RepoFile, file_size, read_marker
 from deploy.progress import ProgressLines, bytes_present, gigabytes, unfinished_files
 from deploy.report import say
+from deploy.state import DONE, StageState
 from deploy.verify import Verifier
 from kt_kernel.errors import UserError
 
@@ -32,7 +33,7 @@ LOCK_NAME = ".kt-download.lock"
 LONGEST_WAIT = 60.0  # seconds between attempts
 
 
-def run(config: Config) -> int:
+def run(config: Config, state: StageState) -> int:
     """Download ``KT_MODEL_ID`` at ``KT_MODEL_REVISION`` to ``KT_MODEL_PATH``.
 
     Returns:
@@ -41,6 +42,7 @@ def run(config: Config) -> int:
     Raises:
         UserError: what stopped it, in one line.
     """
+    state.set("asking the Hub")
     export(config)  # the Hub's client reads HF_* when it is imported
     from huggingface_hub import HfApi
 
@@ -61,13 +63,17 @@ def run(config: Config) -> int:
         if not _is_finished(marker, directory) or marker.requested_revision != requested:
             raise
         say(f"warning: {error.reason}: keeping {directory}, which holds {_describe(marker)}")
+        state.set(DONE)
         return 0
     if _is_finished(marker, directory) and marker.revision == commit:
         say(f"{directory} already holds {_describe(marker)}")
+        state.set(DONE)
         return 0
     _tell_why(marker, directory, requested, commit)
     with _only_one(directory):
-        return _Download(config, api, directory, requested, commit).run(marker)
+        _Download(config, api, directory, requested, commit, state).run(marker)
+    state.set(DONE)
+    return 0
 
 
 def _is_finished(marker: Marker | None, directory: Path) -> TypeGuard[Marker]:
@@ -114,7 +120,13 @@ class _Download:
     """One download of one commit into one directory."""
 
     def __init__(
-        self, config: Config, api: HfApi, directory: Path, requested: str, commit: str
+        self,
+        config: Config,
+        api: HfApi,
+        directory: Path,
+        requested: str,
+        commit: str,
+        state: StageState,
     ) -> None:
         from deploy import hub_client
 
@@ -122,6 +134,7 @@ class _Download:
         self._config, self._api, self._directory = config, api, directory
         self._repo_id = config.text("KT_MODEL_ID")
         self._requested, self._commit = requested, commit
+        self._state = state
         self._interval = float(config["KT_PROGRESS_INTERVAL"])
         self._bars = sys.stderr.isatty()
         if not self._bars:
@@ -129,7 +142,7 @@ class _Download:
 
             disable_progress_bars()
 
-    def run(self, earlier: Marker | None) -> int:
+    def run(self, earlier: Marker | None) -> None:
         started = time.monotonic()
         for path in unfinished_files(self._directory):
             path.unlink()  # the client never continues them
@@ -158,7 +171,6 @@ class _Download:
         marker.save(self._directory)
         seconds = time.monotonic() - started
         say(f"{self._directory} holds {_describe(marker)} ({seconds:.0f} s)")
-        return 0
 
     def _read_shards(self) -> set[str]:
         path = self._directory / self._hub.INDEX_NAME
@@ -208,11 +220,16 @@ class _Download:
                 time.sleep(wait)
                 wait = min(2 * wait, LONGEST_WAIT)
 
-    def _progress(self, what: str, total: int, marker: Marker) -> ProgressLines | nullcontext[None]:
-        if self._bars:
-            return nullcontext()
+    @contextmanager
+    def _progress(self, what: str, total: int, marker: Marker) -> Iterator[None]:
         directory, files = self._directory, marker.files
-        return ProgressLines(what, total, lambda: bytes_present(directory, files), self._interval)
+
+        def done() -> int:
+            return bytes_present(directory, files)
+
+        lines = nullcontext() if self._bars else ProgressLines(what, total, done, self._interval)
+        with self._state.watch(what, total, done), lines:
+            yield
 
     def _fetch(self, files: Mapping[str, RepoFile]) -> None:
         from huggingface_hub import snapshot_download
@@ -236,8 +253,10 @@ class _Download:
         with_content = self._config["KT_VERIFY_DOWNLOAD"] == "sha256"
         verifier = Verifier(self._directory, marker, with_content)
         names = sorted(marker.files)
-        with ProgressLines(
-            "verifying", marker.total_bytes, lambda: verifier.bytes_done, self._interval
+        total = marker.total_bytes
+        with (
+            self._state.watch("verifying", total, lambda: verifier.bytes_done),
+            ProgressLines("verifying", total, lambda: verifier.bytes_done, self._interval),
         ):
             bad = verifier.bad_files(names)
         if not bad:

@@ -21,12 +21,18 @@ class Gpu:
         memory_bytes: of the whole card.
         compute_capability: (major, minor).
         cuda_version: (major, minor), the newest CUDA that the driver runs.
+        driver: its version, such as ``580.95.05``; empty if it does not tell.
+        used_bytes: memory of the card that is in use; None if the driver does not tell.
+        count: GPUs that this process may use.
     """
 
     name: str
     memory_bytes: int
     compute_capability: tuple[int, int]
     cuda_version: tuple[int, int]
+    driver: str = ""
+    used_bytes: int | None = None
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -115,15 +121,15 @@ def read_cpu_quota(root: Path = Path("/")) -> float | None:
         _, _, rest = line.partition(":")
         controllers, _, group = rest.partition(":")
         if controllers == "":
-            limits += [_quota_v2(folder / "cpu.max") for folder in _ancestors(groups, group)]
+            limits += [_quota_v2(folder / "cpu.max") for folder in ancestors(groups, group)]
         elif "cpu" in controllers.split(","):
             for mount in (groups / "cpu", groups / controllers):
-                limits += [_quota_v1(folder) for folder in _ancestors(mount, group)]
+                limits += [_quota_v1(folder) for folder in ancestors(mount, group)]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
 
 
-def _ancestors(mount: Path, group: str) -> list[Path]:
+def ancestors(mount: Path, group: str) -> list[Path]:
     """The folder of a control group and those above it, up to the mount."""
     parts = [part for part in group.split("/") if part and part != ".."]
     return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
@@ -167,10 +173,10 @@ def find_gpu(root: Path = Path("/")) -> tuple[Gpu | None, str]:
     driver.cuDeviceGetCount(ctypes.byref(count))
     if count.value == 0 or driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
         return None, ""
-    return _describe_gpu(driver, device), ""
+    return _describe_gpu(driver, device, count.value), ""
 
 
-def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int) -> Gpu:
+def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int, count: int) -> Gpu:
     name = ctypes.create_string_buffer(256)
     driver.cuDeviceGetName(name, len(name), device)
     memory = ctypes.c_size_t()
@@ -180,9 +186,51 @@ def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int) -> Gpu:
     major, minor = ctypes.c_int(), ctypes.c_int()
     driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
     driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+    bus_id = ctypes.create_string_buffer(64)
+    driver.cuDeviceGetPCIBusId(bus_id, len(bus_id), device)
+    version_text, used = _ask_management_library(bus_id.value)
     return Gpu(
         name=name.value.decode(errors="replace"),
         memory_bytes=memory.value,
         compute_capability=(major.value, minor.value),
         cuda_version=(version.value // 1000, version.value % 1000 // 10),
+        driver=version_text,
+        used_bytes=used,
+        count=count,
     )
+
+
+class _NvmlMemory(ctypes.Structure):
+    """``nvmlMemory_t``: bytes of a card."""
+
+    _fields_ = (
+        ("total", ctypes.c_ulonglong),
+        ("free", ctypes.c_ulonglong),
+        ("used", ctypes.c_ulonglong),
+    )
+
+
+def _ask_management_library(bus_id: bytes) -> tuple[str, int | None]:
+    """Driver version and used bytes of the card at a PCI address, as far as NVML tells them.
+
+    CUDA itself tells free memory only to a program that starts to use the card.
+    """
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return "", None
+    except (OSError, AttributeError):
+        return "", None
+    try:
+        version = ctypes.create_string_buffer(96)
+        known = nvml.nvmlSystemGetDriverVersion(version, len(version)) == 0
+        handle, memory = ctypes.c_void_p(), _NvmlMemory()
+        found = (
+            nvml.nvmlDeviceGetHandleByPciBusId_v2(bus_id, ctypes.byref(handle)) == 0
+            and nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0
+        )
+        return version.value.decode(errors="replace") if known else "", (
+            int(memory.used) if found else None
+        )
+    finally:
+        nvml.nvmlShutdown()

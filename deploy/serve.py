@@ -13,9 +13,10 @@ from deploy.config import Config, export
 from deploy.errors import UserErrors
 from deploy.machine import survey
 from deploy.report import say
+from deploy.state import StageState
 
 
-def run(config: Config, print_only: bool, as_json: bool) -> int:
+def run(config: Config, print_only: bool, as_json: bool, state: StageState | None = None) -> int:
     """Start the server, or print its command.
 
     Does not return if the server starts: this process becomes it.
@@ -26,6 +27,8 @@ def run(config: Config, print_only: bool, as_json: bool) -> int:
     Raises:
         UserError: a setting does not fit, or a check failed.
     """
+    if state is not None:
+        state.set("checking")
     export(config)
     machine = survey()
     command = serve_command(config, machine)
@@ -35,14 +38,18 @@ def run(config: Config, print_only: bool, as_json: bool) -> int:
     for note in command.notes:
         say(note)
     values, _ = resolve(config, machine)
-    entries = [entry for entry in all_checks() if entry.serve]
-    results = run_checks(Situation(values, config.environment, machine), entries)
+    situation = Situation(values, config.environment, machine)
+    known = situation.needs.known
+    entries = [entry for entry in all_checks() if entry.serve and (known or not entry.sized)]
+    results = run_checks(situation, entries)
     failed = [result.sentence() for result in results if result.status is Status.FAIL]
     for result in results:
         if result.status is Status.WARN:
             say(f"warning: {result.sentence()}")
     if failed:
         raise UserErrors(failed)
+    if state is not None:
+        state.set("loading")  # the process keeps its id, so that `health` sees it end
     become(command, config)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deploy.value_types import ValueType
 
-STAGES = ("download", "convert", "serve", "check", "smoke")
+STAGES = ("download", "convert", "serve", "check", "smoke", "health")
 PREFIX = "KT_"
 #: Words that some settings take instead of a value.
 AUTO = "auto"

@@ -35,6 +35,7 @@ from deploy.value_types import (
     FilePath,
     Integer,
     JsonObject,
+    Names,
     Number,
     ShellWords,
     Text,
@@ -57,6 +58,32 @@ ATTENTION_BACKENDS = (
 SPARSE_BACKENDS = ("dsa",)
 TOOL_CALL_PARSERS = ("deepseekv3", "deepseekv31", "deepseekv32", "kimi_k2")
 REASONING_PARSERS = ("deepseek-r1", "deepseek-v3", "kimi_k2")
+#: What `check` looks at, in the report's order; a test compares with the checks themselves.
+CHECK_NAMES = (
+    "sglang",
+    "kernel",
+    "instruction-set",
+    "amx",
+    "gpu",
+    "compute-capability",
+    "driver",
+    "vram",
+    "threads",
+    "thread-pools",
+    "cpu-limits",
+    "memory",
+    "numa-memory",
+    "memory-policy",
+    "overcommit",
+    "memlock",
+    "huge-pages",
+    "shm",
+    "disk",
+    "run-dir",
+    "model",
+    "weights",
+    "port",
+)
 
 
 def _serve(name: str, *aliases: str, inverted: bool = False) -> tuple[Flag, ...]:
@@ -105,12 +132,13 @@ TABLE: tuple[Setting, ...] = (
     # --- the launch command, in the tutorial's order --------------------------------------------
     Setting(
         "KT_HOST", Text("a host name or address", r"[\w.:%-]+"), "0.0.0.0",
-        "Address that the server listens on; `smoke` talks to it.",
-        SERVE, ("serve", "check", "smoke"), _serve("--host"), tutorial="0.0.0.0",
+        "Address that the server listens on; `smoke` and `health` talk to it.",
+        SERVE, ("serve", "check", "smoke", "health"), _serve("--host"), tutorial="0.0.0.0",
     ),
     Setting(
-        "KT_PORT", PORT, "30000", "Port that the server listens on; `smoke` talks to it.",
-        SERVE, ("serve", "check", "smoke"), _serve("--port"), tutorial="30000",
+        "KT_PORT", PORT, "30000",
+        "Port that the server listens on; `smoke` and `health` talk to it.",
+        SERVE, ("serve", "check", "smoke", "health"), _serve("--port"), tutorial="30000",
     ),
     Setting(
         "KT_MODEL_PATH", FilePath(), "/models/deepseek-v3.2",
@@ -166,7 +194,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_CHUNKED_PREFILL_SIZE", Integer(1), "4096",
         "Tokens of a prompt that are computed at a time.",
-        SERVE, ("serve",), _serve("--chunked-prefill-size"), tutorial="4096",
+        SERVE, ("serve", "check"), _serve("--chunked-prefill-size"), tutorial="4096",
     ),
     Setting(
         "KT_MAX_RUNNING_REQUESTS", Integer(1), "32",
@@ -176,7 +204,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_MAX_TOTAL_TOKENS", Integer(1), "40000",
         "Tokens that the KV cache holds for all requests together. `none` leaves it to SGLang.",
-        SERVE, ("serve",), _serve("--max-total-tokens"), tutorial="40000", none=True,
+        SERVE, ("serve", "check"), _serve("--max-total-tokens"), tutorial="40000", none=True,
     ),
     Setting(
         "KT_SERVED_MODEL_NAME", Text("a name without spaces", r"\S+"), "DeepSeek-V3.2",
@@ -208,6 +236,18 @@ TABLE: tuple[Setting, ...] = (
         "SGLang's: they run on every instruction set of the kernel, not on AMX only.",
         SERVE, ("serve", "check"), _serve("--kt-method"), tutorial="AMXINT4",
     ),
+    Setting(
+        "KT_IGNORE_CHECKS", Names(CHECK_NAMES), "",
+        "Checks whose FAIL becomes a warning, so that `serve` starts all the same.",
+        SHARED, ("serve", "check"),
+    ),
+    Setting(
+        "KT_RUN_DIR", FilePath(), AUTO,
+        "Directory of the state files that `health` reads, one for each stage; each deployment on "
+        "a host needs its own. `auto` is `kt-kernel` in `XDG_RUNTIME_DIR`, or "
+        "`/tmp/kt-kernel-UID`.",
+        SHARED, ("download", "convert", "serve", "check", "health"), auto=True,
+    ),
     # --- convert --------------------------------------------------------------------------------
     Setting(
         "KT_INPUT_TYPE", Choice(("fp8", "bf16", "fp16")), "fp8",
@@ -217,7 +257,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_QUANT_METHOD", Choice(("int4", "int8")), "int4",
         "Type of the packed weights.",
-        CONVERT, ("convert",), (Flag("convert", "--quant-method", (), 4),), tutorial="int4",
+        CONVERT, ("convert", "check"), (Flag("convert", "--quant-method", (), 4),), tutorial="int4",
     ),
     Setting(
         "KT_NO_MERGE_SAFETENSOR", _BOOL, "1",
@@ -346,10 +386,10 @@ TABLE: tuple[Setting, ...] = (
     ),
     # --- the kernel -----------------------------------------------------------------------------
     Setting(
-        "KT_TARGET", Choice(("scalar", "avx2", "avx512_vnni", "reference")), AUTO,
+        "KT_TARGET", Choice(("scalar", "avx2", "avx512_vnni", "amx", "reference")), AUTO,
         "Instruction set of the CPU kernel. `auto` is the fastest that the CPU has; `reference` "
         "is for tests.",
-        KERNEL, ("serve",), auto=True,
+        KERNEL, ("serve", "check"), auto=True,
     ),
     # --- other programs' variables --------------------------------------------------------------
     Setting(

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 
+from deploy.address import base_url
 from deploy.config import Config
 from kt_kernel.errors import UserError
 
@@ -49,13 +50,6 @@ class Answer:
             f"({self.finish_reason}), {times}"
         )
         return "\n".join(lines)
-
-
-def base_url(config: Config) -> str:
-    """Address of the server as a client on this machine reaches it."""
-    host = config.text("KT_HOST")
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.integer('KT_PORT')}"
 
 
 def request_body(config: Config, stream: bool) -> dict[str, Any]:

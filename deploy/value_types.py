@@ -178,6 +178,25 @@ class ShellWords:
         return shlex.split(text)
 
 
+@dataclass(frozen=True)
+class Names:
+    """Names out of a fixed list, separated by commas; or ``all`` of them."""
+
+    known: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        return "all, or names separated by commas out of " + ", ".join(self.known)
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        if text.strip().lower() == "all":
+            return self.known
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
+        if not names or not set(names) <= set(self.known):
+            raise ValueError(text)
+        return names
+
+
 PORT = Integer(1, 65535)
 URL = Text("a URL that starts with http:// or https://", r"https?://[^\s/]+\S*")
 REPOSITORY = Text("a repository as organisation/name", r"[\w.-]+/[\w.-]+")

@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from examples.tiny.hub import Hub, HubOptions
 REPOSITORY = Path(__file__).parents[2]
 ENTRYPOINT = REPOSITORY / "entrypoint.py"
 REPO_ID = "lab/small"
+#: The stages of tests leave the state of a server that runs on this machine alone.
+RUN_DIR = tempfile.TemporaryDirectory(prefix="kt-kernel-tests-")
 
 LAPTOP = Machine(cpus=8, cores=4, numa_nodes=1, cpu_quota=None, gpu=None)
 L20 = Gpu("NVIDIA L20", 48 * 2**30, (8, 9), (12, 8))
@@ -37,7 +40,8 @@ def clean_environment(**settings: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("KT_", "HF_", "SGLANG_", "CUDA_"))
     }
-    return {**kept, "HF_HUB_DISABLE_TELEMETRY": "1", **settings}
+    ours = {"HF_HUB_DISABLE_TELEMETRY": "1", "KT_RUN_DIR": RUN_DIR.name}
+    return {**kept, **ours, **settings}
 
 
 def command(*words: str | Path) -> list[str]:

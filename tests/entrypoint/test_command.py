@@ -59,7 +59,8 @@ def test_print_json_is_exactly_that() -> None:
 def test_print_is_a_shell_command() -> None:
     result = run("serve", "--print", "--env-file", TUTORIAL)
     assert (result.returncode, result.stderr) == (0, "")
-    assert words(result.stdout) == ["env", "KT_DEVICE=cuda", *words(LAUNCH), *ADDED]
+    variables = ["KT_DEVICE=cuda", "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false"]
+    assert words(result.stdout) == ["env", *variables, *words(LAUNCH), *ADDED]
     assert result.stdout.count("\n") == 1
 
 
@@ -242,7 +243,17 @@ def test_variables_of_env_files_reach_the_server(tmp_path: Path) -> None:
     file = tmp_path / "a.env"
     file.write_text("KT_TARGET=scalar\nSGLANG_X=1\nHF_TOKEN=hf_secret\nKT_PORT=1\n")
     command = serve_command(load({}, [file]), with_gpu(L20))
-    assert command.environment == {"KT_TARGET": "scalar", "SGLANG_X": "1", "KT_DEVICE": "cuda"}
+    health = "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"
+    assert command.environment == {
+        "KT_TARGET": "scalar",
+        "SGLANG_X": "1",
+        "KT_DEVICE": "cuda",
+        health: "false",
+    }
+    with file.open("a") as lines:
+        lines.write(f"{health}=true\n")
+    assert serve_command(load({}, [file]), with_gpu(L20)).environment[health] == "true"
+    assert health not in serve_command(load({health: "1"}), with_gpu(L20)).environment
 
 
 def test_no_flag_twice() -> None:

@@ -92,10 +92,13 @@ def test_variables_that_the_code_reads_are_in_the_table() -> None:
     [
         (["sreve"], "error: unknown stage sreve: did you mean serve?"),
         (["--env-file", "x", "dowload"], "error: unknown stage dowload: did you mean download?"),
-        (["zzz"], "error: unknown stage zzz: expected download, convert, serve, check, smoke"),
+        (
+            ["zzz"],
+            "error: unknown stage zzz: expected download, convert, serve, check, smoke, health",
+        ),
         (
             [],
-            "error: expected a stage: download, convert, serve, check, smoke "
+            "error: expected a stage: download, convert, serve, check, smoke, health "
             "(see entrypoint.py --help)",
         ),
         (["serve", "--prnt"], "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import httpx
@@ -20,12 +21,22 @@ def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
         "KT_DEVICE": "cpu",
         "KT_API_KEY_FILE": str(tmp_path / "key"),
         "KT_SMOKE_MAX_TOKENS": "8",
+        "KT_RUN_DIR": str(tmp_path / "run"),
     }
     with Server(settings, tmp_path / "log", command("serve")) as server:
         settings |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(server.port)}
         # The process became the server, so signals of a container's engine reach it directly.
         words = Path(f"/proc/{server._process.pid}/cmdline").read_bytes().split(b"\0")
         assert words[1:3] == [b"-m", b"sglang.launch_server"]
+
+        # The API key is not for /health; the state is asked of the running server.
+        assert run("health", **settings).stdout == "ready\n"
+        health = f"http://127.0.0.1:{server.port}/health"
+        before = time.monotonic()
+        assert httpx.get(health, timeout=30, trust_env=False).status_code == 200
+        # SGLang's probe would have generated a token and waited for it a second at least.
+        assert time.monotonic() - before < 0.9
+        assert httpx.get(f"{health}_generate", timeout=60, trust_env=False).status_code == 200
 
         result = run("smoke", **settings, timeout=300)
         assert result.returncode == 0, result
@@ -37,3 +48,7 @@ def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
 
         refused = fails("serve", **settings)
         assert f"expected port {server.port} on 127.0.0.1 to be free" in refused
+        assert run("health", **settings).stdout == "ready\n"  # of the one that runs
+    ended = run("health", **settings)
+    assert ended.returncode == 1
+    assert ended.stdout.startswith("failed: the process ended without a word while ready")
