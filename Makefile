@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast ci lint types docs docs-check bench lock \
-        download convert serve check smoke clean clean-demo
+        download convert serve check smoke health doctor clean clean-demo
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ clean-demo: ## remove what the demo made
 
 # ---- one stage, configured by KT_* variables (docs/configuration.md) -------------------------------
 
-download convert serve check smoke: venv ## run one stage from KT_* variables
+download convert serve check smoke health: venv ## run one stage from KT_* variables
 	$(BIN)/python entrypoint.py $@
+
+doctor: venv ## what this machine has and lacks; neither model nor weights are needed
+	$(BIN)/python entrypoint.py check --host
 
 # ---- quality ---------------------------------------------------------------------------------------
 
