@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 @cache
-def _parse(wheel: Path, member: str) -> ast.Module | None:
+def parse(wheel: Path, member: str) -> ast.Module | None:
+    """The syntax tree of one file of a wheel, or None if it has no such file."""
     with zipfile.ZipFile(wheel) as archive:
         try:
             return ast.parse(archive.read(member))
@@ -19,7 +20,7 @@ def find(wheel: Path, dotted: str) -> ast.AST | None:
     """Return the definition (def, class or assignment) at ``dotted``, or None."""
     parts = dotted.split(".")
     for length in range(len(parts) - 1, 0, -1):
-        module = _parse(wheel, "/".join(parts[:length]) + ".py")
+        module = parse(wheel, "/".join(parts[:length]) + ".py")
         if module is not None:
             return _descend(module, parts[length:])
     return None
@@ -50,7 +51,7 @@ def is_registered(wheel: Path, dotted: str, key: str) -> bool:
     """
     parts = dotted.split(".")
     for length in range(len(parts) - 1, 0, -1):
-        module = _parse(wheel, "/".join(parts[:length]) + ".py")
+        module = parse(wheel, "/".join(parts[:length]) + ".py")
         if module is not None:
             return any(
                 isinstance(node, ast.Call)
