@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast ci lint types docs docs-check bench lock \
-        download convert serve check smoke health doctor clean clean-demo
+        download convert serve check smoke health doctor clean clean-demo image up up-cpu down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in
-	for name in bootstrap run dev; do \
+	for name in bootstrap run dev build router; do \
 	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
 
@@ -51,8 +51,43 @@ clean-demo: ## remove what the demo made
 
 # ---- one stage, configured by KT_* variables (docs/configuration.md) -------------------------------
 
-download convert serve check smoke health: venv ## run one stage from KT_* variables
+download serve check smoke health: venv ## run one stage from KT_* variables
 	$(BIN)/python entrypoint.py $@
+
+ifdef LOCAL
+convert: venv ## convert in the container, or with LOCAL=1 on the host
+	$(BIN)/python entrypoint.py $@
+else
+convert:
+	$(COMPOSE) run --rm --no-deps convert
+endif
+
+# ---- in containers: docs/operations.md -------------------------------------------------------------
+
+# Overrides by name: make up WITH="speciale monitoring"
+WITH    ?=
+COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
+
+image: ## build the image of all stages
+	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
+
+up: ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
+	$(COMPOSE) up -d
+
+up-cpu: ## the same on the tiny checkpoint, with no GPU; returns when it serves
+	docker compose -f docker-compose.yml -f compose/cpu.yml up -d --wait serve
+
+down: ## stop and remove the containers; the volumes stay
+	$(COMPOSE) down --remove-orphans
+
+logs: ## follow the logs of all stages
+	$(COMPOSE) logs -f --tail 100
+
+ps: ## what each stage is doing
+	$(COMPOSE) ps -a
+
+chat: ## ask the server that runs in the container
+	$(COMPOSE) run --rm --no-deps client
 
 doctor: venv ## what this machine has and lacks; neither model nor weights are needed
 	$(BIN)/python entrypoint.py check --host
@@ -62,12 +97,15 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 test: venv ## all tests
 	$(BIN)/python -m pytest
 
-test-fast: venv ## tests that start no SGLang server
-	$(BIN)/python -m pytest -m "not serve"
+test-fast: venv ## tests that start no SGLang server and no containers
+	$(BIN)/python -m pytest -m "not serve and not docker"
 
-lint: venv ## ruff and clang-format
+lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile tests/docker/prometheus.Dockerfile
+	$(BIN)/shellcheck .ci/run docker/*.sh
+	$(BIN)/yamllint --strict docker-compose.yml compose tests/docker .hadolint.yaml .yamllint.yaml
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
 
 types: venv ## mypy

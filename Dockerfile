@@ -1,0 +1,118 @@
+# One image for all stages: download, convert, serve.  docs/operations.md says how to build it
+# behind a proxy or with mirrors. BASE_IMAGE may be any Debian or Ubuntu with Python 3.11 to 3.13;
+# the default brings what NVIDIA's container runtime looks for. No CUDA is needed to build, and the
+# CUDA libraries come with torch, so the smallest of NVIDIA's runtime images will do.
+ARG BASE_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+
+# ---- base: Python and what SGLang needs from the distribution ------------------------------------
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE} AS base
+ARG APT_MIRROR=""
+ENV LANG=C.UTF-8 PYTHONUNBUFFERED=1 PATH=/opt/venv/bin:$PATH
+# libnuma1: SGLang imports it.
+RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
+    --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
+    sh /run/apt-install.sh ca-certificates libnuma1 python3
+
+# ---- tools: the installer and the compiler -------------------------------------------------------
+FROM base AS tools
+RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
+    --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
+    sh /run/apt-install.sh cmake g++ ninja-build python3-dev python3-venv
+WORKDIR /src
+COPY requirements/bootstrap.txt requirements/build.txt requirements/
+RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    python3 -m venv /opt/build \
+    && sh /run/pip.sh pip install --quiet --require-hashes \
+       -r requirements/bootstrap.txt -r requirements/build.txt
+
+# ---- build: the wheel of this project ------------------------------------------------------------
+FROM tools AS build
+COPY CMakeLists.txt pyproject.toml README.md ./
+COPY csrc csrc
+COPY kt_kernel kt_kernel
+COPY convert convert
+COPY deploy deploy
+# One wheel holds the kernels of all instruction sets; the CPU is asked when they run.
+RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --no-index -w /wheels .
+
+# ---- packages: SGLang and all it needs, by hash --------------------------------------------------
+# Before the wheel, so that a change of this project leaves the 11 GB alone.
+FROM base AS packages
+COPY requirements/run.txt /tmp/run.txt
+RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
+    && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
+       --python /opt/venv/bin/python --require-hashes -r /tmp/run.txt \
+    && rm /tmp/run.txt
+
+# ---- router: what compose/replicas.yml puts before several servers -------------------------------
+FROM base AS router
+COPY requirements/router.txt /tmp/router.txt
+RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
+    && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
+       --python /opt/venv/bin/python --require-hashes -r /tmp/router.txt \
+    && rm /tmp/router.txt
+USER 10001:10001
+EXPOSE 30000
+ENTRYPOINT ["python", "-m", "sglang_router.launch_router"]
+HEALTHCHECK --interval=15s --timeout=5s --retries=4 --start-period=5m \
+    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:30000/liveness', timeout=4)"]
+
+# ---- runtime: no compiler, no pip, no cache, no root ---------------------------------------------
+FROM packages AS runtime
+ARG REVISION=unknown
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="DeepSeek V3.2 on one GPU host" \
+      org.opencontainers.image.description="Stock SGLang with the experts on the CPU: download, convert, serve" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+    --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    /opt/build/bin/uv pip install --quiet --no-cache --no-deps --no-index --compile-bytecode \
+      --python /opt/venv/bin/python /wheels/*.whl \
+    && groupadd --gid 10001 kt \
+    && useradd --uid 10001 --gid kt --home-dir /home/kt --create-home --shell /usr/sbin/nologin kt \
+    && install -d -o kt -g kt /models /weights /cache \
+    && install -d -m 1777 /run/kt
+# HOME and the caches are a volume and a tmpfs in docker-compose.yml: the root may be read-only.
+ENV HOME=/cache XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton HF_HOME=/cache/huggingface \
+    SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false
+WORKDIR /app
+COPY entrypoint.py /app/entrypoint.py
+USER 10001:10001
+EXPOSE 30000
+ENTRYPOINT ["python", "/app/entrypoint.py"]
+CMD ["serve"]
+HEALTHCHECK --interval=15s --timeout=15s --start-period=2h --retries=4 \
+    CMD ["python", "/app/entrypoint.py", "health"]
+
+# ---- demo: the tiny checkpoint and the local Hub that serves it ----------------------------------
+FROM runtime AS demo
+COPY examples /app/examples
+USER 0:0
+RUN python -m examples.tiny.make_checkpoint --output /hub/deepseek-ai/DeepSeek-V3.2-tiny
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "examples.tiny.hub", "--root", "/hub"]
+CMD ["--host", "0.0.0.0", "--port", "8080"]
+HEALTHCHECK --interval=5s --timeout=5s --retries=12 \
+    CMD ["python", "-c", "import socket; socket.create_connection(('127.0.0.1', 8080), 2)"]
+
+# ---- gpu: what serves on a card; the default -----------------------------------------------------
+# Triton compiles its CUDA launcher, and SGLang some kernels, where the card is; both ask for the
+# distribution's compiler and Python's headers. Without a card nothing is compiled at run time.
+FROM runtime AS gpu
+USER 0:0
+RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
+    --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
+    sh /run/apt-install.sh g++ python3-dev
+USER 10001:10001

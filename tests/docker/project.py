@@ -1,0 +1,165 @@
+"""One compose project of a test: started, asked, read and removed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+import docker
+from tests.docker.engine import REPOSITORY, Engine, run
+
+CPU = ("docker-compose.yml", "compose/cpu.yml")
+READY_SECONDS = 420.0
+"""A start takes about 45 s on an idle machine of two cores."""
+
+
+@dataclass
+class Project:
+    """A compose project with a name, files and variables of its own.
+
+    Attributes:
+        variables: what a user would have in ``.env``.
+        files: compose files, relative to the repository.
+    """
+
+    engine: Engine
+    name: str
+    variables: Mapping[str, str]
+    files: Iterable[str] = CPU
+    port: int = 30000
+    client: docker.DockerClient = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = docker.DockerClient(base_url=self.engine.url, timeout=120)
+
+    def environment(self) -> dict[str, str]:
+        """The engine's variables and the project's; the caller's own settings stay out."""
+        return {**self.engine.environment, **self.variables, "KT_PORT": str(self.port)}
+
+    def compose(
+        self, *arguments: str, check: bool = True, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``docker compose`` in the repository, without a .env file of the developer's."""
+        files = [word for file in self.files for word in ("-f", file)]
+        return run(
+            ["docker", "compose", "--env-file", os.devnull, "-p", self.name, *files, *arguments],
+            {"SETTINGS_FILE": os.devnull, **self.environment()},
+            check=check,
+            timeout=timeout,
+        )
+
+    def up(
+        self, *services: str, check: bool = True, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
+        """``up -d``: returns when the last service was started, or one before it failed."""
+        return self.compose("up", "-d", "--no-build", *services, check=check, timeout=timeout)
+
+    def down(self, volumes: bool = False) -> None:
+        self.compose("down", "--remove-orphans", *(["-v"] if volumes else []))
+
+    def container(self, service: str, number: int = 1) -> Any:
+        """The container of a service (docker SDK)."""
+        return self.client.containers.get(f"{self.name}-{service}-{number}")
+
+    def states(self) -> dict[str, str]:
+        """State of each service that has a container: running, created, exited (CODE)."""
+        found = {}
+        label = f"com.docker.compose.project={self.name}"
+        for container in self.client.containers.list(all=True, filters={"label": label}):
+            state = container.attrs["State"]
+            code = f" ({state['ExitCode']})" if state["Status"] == "exited" else ""
+            found[container.labels["com.docker.compose.service"]] = state["Status"] + code
+        return found
+
+    def logs(self, service: str) -> str:
+        return self.container(service).logs().decode(errors="replace")
+
+    def errors(self, service: str) -> list[str]:
+        """The lines of a service's log that tell a mistake."""
+        return [line for line in self.logs(service).splitlines() if line.startswith("error:")]
+
+    def volume(self, name: str) -> Path:
+        """Where a volume is on this machine."""
+        return Path(self.client.volumes.get(f"{self.name}_{name}").attrs["Mountpoint"])
+
+    def digests(self, volume: str) -> dict[str, str]:
+        """SHA-256 of each file of a volume, by its path."""
+        root = self.volume(volume)
+        return {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and ".cache" not in path.relative_to(root).parts
+        }
+
+    def wait_until_healthy(self, service: str = "serve", number: int = 1) -> float:
+        """Seconds until the service's health check succeeded."""
+        started = time.monotonic()
+        while time.monotonic() - started < READY_SECONDS:
+            container = self.container(service, number)
+            state = container.attrs["State"]
+            if state["Status"] not in ("running", "created"):
+                raise AssertionError(f"{service} is {state['Status']}:\n{self.tail(service)}")
+            if state.get("Health", {}).get("Status") == "healthy":
+                return time.monotonic() - started
+            time.sleep(1)
+        raise AssertionError(f"{service} is not healthy:\n{self.tail(service)}")
+
+    def tail(self, service: str) -> str:
+        return "\n".join(self.logs(service).splitlines()[-30:])
+
+    def api(self, service: str = "serve", timeout: float = 120) -> httpx.Client:
+        """A client of the served API, on the published port."""
+        return httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=timeout, trust_env=False
+        )
+
+
+def kill_at_random(project: Project, service: str, within: float, source: random.Random) -> str:
+    """Start a service with what it needs, kill -9 its container; returns what the kill met."""
+    with subprocess.Popen(
+        ["docker", "compose", "--env-file", os.devnull, "-p", project.name]
+        + [word for file in project.files for word in ("-f", file)]
+        + ["up", "-d", "--no-build", service],
+        env={**os.environ, "SETTINGS_FILE": os.devnull, **project.environment()},
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as starting:
+        delay = source.uniform(0.1, within)
+        container = _wait_until_started(project, service)
+        time.sleep(delay)
+        container.reload()
+        running = container.attrs["State"]["Running"]
+        if running:
+            container.kill("SIGKILL")
+        starting.wait(120)
+    container.reload()
+    code = container.attrs["State"]["ExitCode"]
+    return f"after {delay:.2f} s: " + (f"killed ({code})" if running else f"already over ({code})")
+
+
+def _wait_until_started(project: Project, service: str) -> Any:
+    """The container of a service as soon as it runs anew."""
+    deadline = time.monotonic() + 120
+    before = _started_at(project, service)
+    while time.monotonic() < deadline:
+        if _started_at(project, service) != before:
+            return project.container(service)
+        time.sleep(0.02)
+    raise AssertionError(f"{service} was not started: {project.states()}")
+
+
+def _started_at(project: Project, service: str) -> str:
+    try:
+        return str(project.container(service).attrs["State"]["StartedAt"])
+    except docker.errors.NotFound:
+        return "0001-01-01T00:00:00Z"

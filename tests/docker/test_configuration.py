@@ -1,0 +1,95 @@
+"""The compose files: all combinations are valid, and they know every setting."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.settings import TABLE
+from tests.docker.engine import REPOSITORY, Engine, run
+
+OVERRIDES = sorted(path.stem for path in (REPOSITORY / "compose").glob("*.yml"))
+COMBINATIONS = [
+    combination
+    for length in range(len(OVERRIDES) + 1)
+    for combination in itertools.combinations(OVERRIDES, length)
+]
+STAGES = ("download", "convert", "serve")
+
+
+def configuration(engine: Engine, overrides: tuple[str, ...], **variables: str) -> dict[str, Any]:
+    files = [f"compose/{name}.yml" for name in overrides]
+    words = [word for file in ("docker-compose.yml", *files) for word in ("-f", file)]
+    result = run(
+        ["docker", "compose", "--env-file", os.devnull, *words, "config", "--format", "json"],
+        {"SETTINGS_FILE": os.devnull, **engine.environment, **variables},
+    )
+    assert not result.stderr
+    return json.loads(result.stdout)["services"]
+
+
+@pytest.mark.parametrize("overrides", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")
+def test_a_combination_is_valid(engine: Engine, overrides: tuple[str, ...]) -> None:
+    services = configuration(engine, overrides)
+    assert services.keys() >= set(STAGES)
+    has_gpu = "devices" in str(services["serve"].get("deploy"))
+    assert has_gpu == ("cpu" not in overrides)
+    if "speciale" in overrides:
+        for stage in STAGES:
+            environment = services[stage]["environment"]
+            assert environment["KT_MODEL_ID"] == "deepseek-ai/DeepSeek-V3.2-Speciale"
+            assert environment["KT_TOOL_CALL_PARSER"] == "none"
+
+
+def test_each_stage_waits_for_the_success_of_the_one_before(engine: Engine) -> None:
+    services = configuration(engine, ())
+    for earlier, later in itertools.pairwise(("gpu", *STAGES)):
+        condition = services[later]["depends_on"][earlier]["condition"]
+        assert condition == "service_completed_successfully"
+
+
+def test_every_setting_reaches_the_stages_that_read_it(engine: Engine) -> None:
+    """A value in the shell arrives, and without one the table's default holds."""
+    handled = {"KT_HOST", "KT_RUN_DIR", "HF_HOME"}
+    given = {
+        setting.name: f"given-{setting.name}"
+        for setting in TABLE
+        if setting.name not in handled | {"KT_PORT"}
+    }
+    services = configuration(engine, (), **given, KT_PORT="12345")
+    for setting in TABLE:
+        for stage in set(setting.stages) & set(STAGES):
+            environment = services[stage]["environment"]
+            if setting.name in given:
+                assert environment.get(setting.name) == given[setting.name], (stage, setting.name)
+            else:
+                assert environment.get(setting.name), (stage, setting.name)
+
+
+def test_secrets_reach_the_stages_that_read_them_as_files(engine: Engine, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("x")
+    files = {"HF_TOKEN_FILE": str(secret), "KT_API_KEY_FILE": str(secret)}
+    services = configuration(engine, (), **files)
+    for stage, name, target in (
+        ("download", "HF_TOKEN_FILE", "hf_token"),
+        ("serve", "KT_API_KEY_FILE", "api_key"),
+    ):
+        assert services[stage]["environment"][name] == f"/run/secrets/{target}"
+        assert [entry["source"] for entry in services[stage]["secrets"]] == [target]
+    assert not services["convert"].get("secrets")
+
+
+def test_the_settings_of_compose_are_documented() -> None:
+    files = [REPOSITORY / "docker-compose.yml", *(REPOSITORY / "compose").glob("*.yml")]
+    used = {name for file in files for name in re.findall(r"\$\{(\w+)", file.read_text())}
+    documented = set(re.findall(r"`(\w+)`", (REPOSITORY / "docs/operations.md").read_text()))
+    assert used - {setting.name for setting in TABLE} - {"HF_TOKEN_FILE", "KT_API_KEY_FILE"} <= (
+        documented
+    )

@@ -1,0 +1,56 @@
+"""kill -9 of the download and convert containers at random moments; the result is the same."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.docker.engine import Engine
+from tests.docker.project import CPU, Project, kill_at_random
+
+KILLS = 3
+FILES = (*CPU, "tests/docker/slow-hub.yml")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    engine: Engine, images: dict[str, str], small: dict[str, str]
+) -> Iterator[tuple[dict[str, dict[str, str]], dict[str, float]]]:
+    """Digests of both volumes after a run that nothing interrupted, and the stages' seconds."""
+    project = Project(engine, "undisturbed", {**images, **small}, FILES)
+    try:
+        seconds = {}
+        for stage in ("download", "convert"):
+            started = time.monotonic()
+            project.up(stage)
+            assert project.container(stage).wait()["StatusCode"] == 0, project.logs(stage)
+            seconds[stage] = time.monotonic() - started
+        yield {name: project.digests(name) for name in ("models", "weights")}, seconds
+    finally:
+        project.down(volumes=True)
+
+
+@pytest.mark.parametrize("stage", ["download", "convert"])
+def test_killed_three_times_ends_with_the_same_bytes(
+    stage: str,
+    undisturbed: tuple[dict[str, dict[str, str]], dict[str, float]],
+    project: Callable[..., Project],
+    measured: list[str],
+) -> None:
+    expected, seconds = undisturbed
+    victim = project("tests/docker/slow-hub.yml")
+    source = random.Random()
+    if stage == "convert":
+        victim.up("download")
+        assert victim.container("download").wait()["StatusCode"] == 0
+    met = [kill_at_random(victim, stage, seconds[stage] * 0.6, source) for _ in range(KILLS)]
+    measured.append(f"kill -9 of {stage}: " + "; ".join(met))
+    assert any("killed" in each for each in met), met
+    victim.up(stage)
+    assert victim.container(stage).wait()["StatusCode"] == 0, victim.logs(stage)
+    assert victim.digests("models") == expected["models"]
+    if stage == "convert":
+        assert victim.digests("weights") == expected["weights"]

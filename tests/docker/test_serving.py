@@ -1,0 +1,173 @@
+"""``docker compose up`` on the tiny checkpoint: cold, asked, inspected, down, up again warm."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import httpx
+
+from tests.docker.project import Project
+
+MODEL = "DeepSeek-V3.2"
+GRACE_SECONDS = 60
+
+
+def question(stream: bool, tokens: int = 16) -> dict[str, object]:
+    return {
+        "model": MODEL,
+        "stream": stream,
+        "max_tokens": tokens,
+        "messages": [{"role": "user", "content": "hi"}],
+    }
+
+
+def test_each_stage_finished_before_the_next(stack: Project) -> None:
+    assert stack.states() == {
+        "hub": "running",
+        "gpu": "exited (0)",
+        "download": "exited (0)",
+        "convert": "exited (0)",
+        "serve": "running",
+    }
+
+
+def test_answers_a_chat_completion(stack: Project) -> None:
+    with stack.api() as api:
+        answer = api.post("/v1/chat/completions", json=question(False)).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"]
+    assert 0 < answer["usage"]["completion_tokens"] <= 16
+
+
+def test_streams_the_same_answer(stack: Project) -> None:
+    greedy = {"temperature": 0}
+    with stack.api() as api:
+        whole = api.post("/v1/chat/completions", json=question(False) | greedy).json()
+        pieces = []
+        with api.stream("POST", "/v1/chat/completions", json=question(True) | greedy) as answer:
+            assert answer.status_code == 200
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    choices = json.loads(line.removeprefix("data: "))["choices"]
+                    pieces += [choice["delta"].get("content") or "" for choice in choices]
+    assert len([piece for piece in pieces if piece]) > 1
+    assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+
+
+def test_health_tells_the_state(stack: Project) -> None:
+    health = stack.container("serve").exec_run(["python", "/app/entrypoint.py", "health"])
+    assert health.exit_code == 0
+    assert health.output.decode().strip() == "ready"
+    for stage in ("download", "convert"):
+        assert "cannot write the state" not in stack.logs(stage)
+
+
+def test_the_client_service_asks_from_inside(stack: Project) -> None:
+    client = Project(
+        stack.engine, stack.name, {**stack.variables, "KT_SMOKE_MAX_TOKENS": "8"}, stack.files
+    )
+    assert client.compose("run", "--rm", "--no-deps", "-T", "client").stdout.strip()
+
+
+def test_serves_as_an_ordinary_user_on_a_read_only_root(stack: Project) -> None:
+    container = stack.container("serve")
+    host = container.attrs["HostConfig"]
+    assert host["ReadonlyRootfs"] is True
+    assert host["Privileged"] is False
+    assert not any(option.startswith("seccomp") for option in host["SecurityOpt"])
+    status = dict(
+        line.split(":\t", 1)
+        for line in container.exec_run("cat /proc/1/status").output.decode().splitlines()
+    )
+    assert status["Uid"].split() == ["10001"] * 4
+    assert int(status["CapEff"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2"  # a filter: the engine's default profile
+    assert container.exec_run("touch /app/x").exit_code != 0
+
+
+def test_may_place_memory_on_numa_nodes(stack: Project) -> None:
+    code = (
+        "import ctypes; libc = ctypes.CDLL('libc.so.6', use_errno=True);"
+        "print(libc.syscall(238, 0, None, 0), ctypes.get_errno())"  # set_mempolicy(default)
+    )
+    answer = stack.container("serve").exec_run(["python", "-c", code]).output.decode()
+    assert answer.split() == ["0", "0"]
+
+
+def test_the_image_has_no_compiler_and_no_installer(stack: Project) -> None:
+    code = (
+        "import shutil, importlib.util;"
+        "print([p for p in ('cc', 'gcc', 'g++', 'c++', 'clang', 'cmake', 'pip', 'pip3', 'uv')"
+        " if shutil.which(p)], importlib.util.find_spec('pip'))"
+    )
+    container = stack.container("serve")
+    assert container.exec_run(["python", "-c", code]).output.decode().strip() == "[] None"
+    found = container.exec_run("find / -xdev -path /proc -prune -o -name '*.whl' -print")
+    assert "wheels" not in found.output.decode()
+    listing = container.exec_run("ls -A /root /var/lib/apt/lists").output.decode()
+    assert ".cache" not in listing
+    assert "_Packages" not in listing
+
+
+def test_nothing_of_the_build_network_stays(
+    stack: Project, build_variables: dict[str, str]
+) -> None:
+    image = stack.client.images.get(stack.variables["IMAGE"])
+    labels = image.labels
+    assert labels["org.opencontainers.image.title"]
+    assert labels["org.opencontainers.image.version"]
+    configuration = json.dumps(image.attrs["Config"])
+    assert build_variables["APT_MIRROR"] not in configuration
+    found = stack.container("serve").exec_run(
+        "ls /etc/pip.conf /run/secrets/pip_conf /run/secrets/ca_bundle /etc/apt/apt.conf.d/99build"
+    )
+    assert found.output.decode().count("No such file") >= 3
+
+
+def test_down_and_up_again_goes_straight_to_serving(stack: Project, measured: list[str]) -> None:
+    before = {name: stack.digests(name) for name in ("models", "weights")}
+    assert before["weights"]
+    stack.down()
+    started = time.monotonic()
+    stack.up()
+    until_serve = time.monotonic() - started
+    assert {name: stack.digests(name) for name in before} == before
+    assert "downloading" not in stack.logs("download").lower()
+    stack.wait_until_healthy()
+    measured.append(
+        f"warm up: serve starts after {until_serve:.0f} s, "
+        f"healthy after {time.monotonic() - started:.0f} s"
+    )
+    with stack.api() as api:
+        assert api.post("/v1/chat/completions", json=question(False)).status_code == 200
+
+
+def test_sigterm_ends_it_cleanly_with_a_request_in_flight(
+    stack: Project, measured: list[str]
+) -> None:
+    outcome: list[str] = []
+
+    def ask() -> None:
+        try:
+            with stack.api() as api:
+                answer = api.post("/v1/chat/completions", json=question(False, tokens=200))
+            outcome.append(f"answered with {answer.status_code}")
+        except httpx.HTTPError as error:
+            outcome.append(f"refused: {type(error).__name__}")
+
+    request = threading.Thread(target=ask)
+    request.start()
+    time.sleep(1.0)
+    started = time.monotonic()
+    container = stack.container("serve")
+    stack.compose("stop", "serve")
+    took = time.monotonic() - started
+    request.join(60)
+    container.reload()
+    measured.append(f"SIGTERM: ended after {took:.1f} s, the request in flight was {outcome}")
+    assert outcome, "the request in flight was left hanging"
+    assert took < GRACE_SECONDS
+    assert container.attrs["State"]["ExitCode"] != 137, "killed: it did not end by itself"
+    assert not container.attrs["State"]["OOMKilled"]
