@@ -51,23 +51,6 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
        --python /opt/venv/bin/python --require-hashes -r /tmp/run.txt \
     && rm /tmp/run.txt
 
-# ---- router: what compose/replicas.yml puts before several servers -------------------------------
-FROM base AS router
-COPY requirements/router.txt /tmp/router.txt
-RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
-    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
-    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
-    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
-    sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
-    && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
-       --python /opt/venv/bin/python --require-hashes -r /tmp/router.txt \
-    && rm /tmp/router.txt
-USER 10001:10001
-EXPOSE 30000
-ENTRYPOINT ["python", "-m", "sglang_router.launch_router"]
-HEALTHCHECK --interval=15s --timeout=5s --retries=4 --start-period=5m \
-    CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:30000/liveness', timeout=4)"]
-
 # ---- runtime: no compiler, no pip, no cache, no root ---------------------------------------------
 FROM packages AS runtime
 ARG REVISION=unknown

@@ -37,7 +37,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in
-	for name in bootstrap run dev build router; do \
+	for name in bootstrap run dev build; do \
 	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
 
@@ -64,14 +64,14 @@ endif
 
 # ---- in containers: docs/operations.md -------------------------------------------------------------
 
-# Overrides by name: make up WITH="speciale monitoring"
+# Overrides by name: make up WITH=speciale
 WITH    ?=
 COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
 
 image: ## build the image of all stages
 	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
 
-up: ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
+up: ## download, convert and serve in containers; WITH=speciale adds an override
 	$(COMPOSE) up -d
 
 up-cpu: ## the same on the tiny checkpoint, with no GPU; returns when it serves

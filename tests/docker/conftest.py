@@ -24,7 +24,6 @@ BASE_IMAGE = "local/debian:bookworm"
 IMAGES = {
     "IMAGE": "tests/runtime:local",
     "DEMO_IMAGE": "tests/demo:local",
-    "ROUTER_IMAGE": "tests/router:local",
 }
 #: Machines for tests may lack CAP_SYS_RESOURCE, which raising a limit needs.
 SMALL = {"MEMLOCK": "65536", "HEALTH_INTERVAL": "3s", "SHM_SIZE": "512m"}
