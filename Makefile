@@ -64,14 +64,14 @@ endif
 
 # ---- in containers: docs/operations.md -------------------------------------------------------------
 
-# Overrides by name: make up WITH=speciale
+# Overrides by name: make up WITH="speciale monitoring"
 WITH    ?=
 COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
 
 image: ## build the image of all stages
 	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
 
-up: ## download, convert and serve in containers; WITH=speciale adds an override
+up: ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
 	$(COMPOSE) up -d
 
 up-cpu: ## the same on the tiny checkpoint, with no GPU; returns when it serves
