@@ -14,8 +14,8 @@ NEW_TOKENS = 24
 pytestmark = pytest.mark.serve
 
 
-# 0, 1 and 4 resident experts: a routed_scaling_factor applied twice to the resident ones, or
-# once too few to the others, changes the tokens.
+# 0, 1 and 4 resident experts: each a different sum of resident experts' own weights and of packed
+# weights, and a scaling factor on only one of the two changes the tokens.
 @pytest.mark.parametrize(("method", "resident"), [("int4", 0), ("int8", 1), ("int4", 4)])
 def test_greedy_tokens_are_equal(
     method: str,
