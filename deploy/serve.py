@@ -14,6 +14,7 @@ from deploy.errors import UserErrors
 from deploy.machine import survey
 from deploy.report import say
 from deploy.state import StageState
+from kt_kernel.sglang_plugin import check_registered
 
 
 def run(config: Config, print_only: bool, as_json: bool, state: StageState | None = None) -> int:
@@ -35,6 +36,7 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
     if print_only:
         print(json.dumps({"argv": command.shown_argv()}) if as_json else command.shown())
         return 0
+    check_registered()
     for note in command.notes:
         say(note)
     values, _ = resolve(config, machine)
