@@ -12,6 +12,7 @@ from kt_kernel.sglang_plugin import registration
 
 def test_a_package_that_was_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registration, "entry_points", lambda **_: ())
+    monkeypatch.setattr(serve, "export", lambda _: None)  # it would change this process
     monkeypatch.setattr(serve, "become", lambda *_: pytest.fail("started all the same"))
     config = load({"KT_DEVICE": "cpu"}, [], "serve")
     with pytest.raises(UserError, match="SGLang would not load the kt_kernel plugin"):
@@ -22,6 +23,7 @@ def test_printing_the_command_needs_no_plugin(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(registration, "entry_points", lambda **_: ())
+    monkeypatch.setattr(serve, "export", lambda _: None)  # it would change this process
     config = load({"KT_DEVICE": "cpu"}, [], "serve")
     assert serve.run(config, print_only=True, as_json=False) == 0
     assert "sglang.launch_server" in capsys.readouterr().out
