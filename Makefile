@@ -8,11 +8,13 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast ci lint types docs docs-check bench lock \
+.PHONY: compose-there help venv demo test test-fast ci lint types docs docs-check bench lock \
         download convert serve check smoke health doctor clean clean-demo image up up-cpu down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+HAS_COMPOSE := $(shell docker compose version 2>/dev/null)
 
 # ---- the environment -------------------------------------------------------------------------------
 
@@ -54,8 +56,9 @@ clean-demo: ## remove what the demo made
 download serve check smoke health: venv ## run one stage from KT_* variables
 	$(BIN)/python entrypoint.py $@
 
-ifdef LOCAL
-convert: venv ## convert in the container, or with LOCAL=1 on the host
+# In the container where Compose is there, on the host with LOCAL=1 or without Compose.
+ifneq ($(LOCAL)$(if $(HAS_COMPOSE),,1),)
+convert: venv ## convert in the container; on the host with LOCAL=1 or where there is no Compose
 	$(BIN)/python entrypoint.py $@
 else
 convert:
@@ -67,6 +70,11 @@ endif
 # Overrides by name: make up WITH="speciale monitoring"
 WITH    ?=
 COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
+
+image up up-cpu down logs ps chat: compose-there
+
+compose-there:
+	@$(if $(HAS_COMPOSE),,echo "error: 'docker compose' does not run here: install Docker Engine 20.10 and Compose 2.24 or later, or run the stages on the host (make download, convert, serve)" >&2; exit 2)
 
 image: ## build the image of all stages
 	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
