@@ -29,7 +29,7 @@ inline const uint8_t* tiles_of(const Matrix& m, const uint8_t* tables, int64_t p
   return workspace;
 }
 
-// Calls f(sums, block, first) for every 16 tokens from `first`; rows beyond `count` are not used.
+// Calls f(sums, first) for every 16 tokens from `first`; f drops the rows beyond `count`.
 template <bool Int4, class F>
 inline void for_tile_blocks(const uint8_t* const (&panels)[2], const Rows& x, int64_t count,
                             int64_t k, const uint8_t* const (&ahead)[2], int64_t ahead_bytes,

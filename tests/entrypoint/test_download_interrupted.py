@@ -33,6 +33,22 @@ def kill_after(seconds: float, settings: dict[str, str]) -> bool:
         return True
 
 
+def kill_in_the_middle_of_a_file(model: Path, settings: dict[str, str]) -> None:
+    """Start a download and kill it as soon as it has begun to write a file."""
+    process = subprocess.Popen(
+        command("download"),
+        env=clean_environment(**settings),
+        cwd="/",
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not list(model.glob(".cache/huggingface/download/*.incomplete")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+
+
 def finished_files(model: Path, hub: LocalHub) -> set[str]:
     """Large files that a killed download left in full."""
     return {
@@ -77,18 +93,7 @@ def test_killed_in_the_middle_of_a_file_leaves_no_rubbish(
     hub = start_hub(SHARDS, SHARD_BYTES, rate=100_000)
     model = tmp_path / "model"
     settings = hub.settings(model)
-    process = subprocess.Popen(
-        command("download"),
-        env=clean_environment(**settings),
-        cwd="/",
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not list(model.glob(".cache/huggingface/download/*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill_in_the_middle_of_a_file(model, settings)
     assert json.loads((model / ".kt-download.json").read_text())["complete"] is False
     assert list(model.glob(".cache/huggingface/download/*.incomplete"))
     hub.options.rate = None
@@ -113,18 +118,7 @@ def test_killed_during_an_update_is_no_model(
             (hub.folder / name).write_bytes(changed)
     (hub.folder / "README.md").unlink()
     hub.options.rate = 100_000
-    process = subprocess.Popen(
-        command("download"),
-        env=clean_environment(**settings),
-        cwd="/",
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 60
-    while not list(model.glob(".cache/huggingface/download/*.incomplete")):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
+    kill_in_the_middle_of_a_file(model, settings)
     marker = json.loads((model / ".kt-download.json").read_text())
     assert marker["complete"] is False
     refused = run("serve", **settings, KT_DEVICE="cpu", KT_CPUINFER="1", KT_PORT="39999")
