@@ -276,10 +276,12 @@ def test_serve_tells_everything_at_once(tmp_path: Path, taken_port: str) -> None
     assert [line.split()[1] for line in errors] == ["model:", "weights:", "port:"]
     ignored = run("serve", **here, KT_IGNORE_CHECKS="weights, port")
     assert ignored.returncode == 2
-    assert [x.split(":")[:2] for x in ignored.stderr.splitlines() if x.startswith(("e", "w"))] == [
-        ["warning", " weights"],
-        ["warning", " port"],
-        ["error", " model"],
+    # Other warnings depend on the machine: its instruction set, say.
+    told = [line.split()[:2] for line in ignored.stderr.splitlines()]
+    assert [words for words in told if words[1:] in (["weights:"], ["port:"], ["model:"])] == [
+        ["warning:", "weights:"],
+        ["warning:", "port:"],
+        ["error:", "model:"],
     ]
 
 
