@@ -1,81 +1,103 @@
 // One expert's MLP over a range of panels: gate and up with SwiGLU, then down with the routing
-// weight. Results go straight from the registers to their place; no buffer in between.
+// weight. Sums go straight from the registers through the epilogue to their place.
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-template <bool Int4>
-struct GateUpBlocks {
+// The epilogues: what becomes of token i's sums of two panels. `Offset`: whether the weights were
+// the target's unsigned ones (w + 128).
+
+template <bool Offset>
+struct GateUpEpilogue {
   const GateUpTask& task;
+  int64_t panel;
+  Floats gate_scale, up_scale;
 
-  template <int T>
-  void block(int64_t first) const {
-    const GateUpTask& s = task;
-    const uint8_t* x[T];
-    for (int t = 0; t < T; ++t) x[t] = s.x.data + (first + t) * s.x.stride;
-    const uint8_t* const codes[2] = {s.gate.codes + s.panel * s.gate.codes_per_panel,
-                                     s.up.codes + s.panel * s.up.codes_per_panel};
-    const uint8_t* const index[2] = {s.gate.table_index + s.panel * s.gate.index_per_panel,
-                                     s.up.table_index + s.panel * s.up.index_per_panel};
-    Acc acc[2][T];
-    dot_panels<2, T, Int4>(codes, index, s.tables, s.gate.k, x, acc);
+  GateUpEpilogue(const GateUpTask& t, int64_t at)
+      : task(t),
+        panel(at),
+        gate_scale(load_bf16(t.gate.scales + 16 * at)),
+        up_scale(load_bf16(t.up.scales + 16 * at)) {}
 
-    const Floats gate_scale = load_bf16(s.gate.scales + 16 * s.panel);
-    const Floats up_scale = load_bf16(s.up.scales + 16 * s.panel);
-    for (int t = 0; t < T; ++t) {
-      const RowScale& row = s.x.scales[first + t];
-      const Floats x_scale = set1(row.scale);
-      const Floats g = mul(mul(acc_to_floats(acc[0][t], row.sum), gate_scale), x_scale);
-      const Floats u = mul(mul(acc_to_floats(acc[1][t], row.sum), up_scale), x_scale);
-      store_floats(s.h + (first + t) * s.h_stride + 16 * s.panel, silu_mul(g, u));
-    }
+  void operator()(int64_t i, const Acc (&sums)[2]) const {
+    const RowScale& row = task.x.scales[i];
+    const int32_t x_sum = Offset ? row.sum : 0;
+    const Floats x_scale = set1(row.scale);
+    const Floats g = mul(mul(acc_to_floats(sums[0], x_sum), gate_scale), x_scale);
+    const Floats u = mul(mul(acc_to_floats(sums[1], x_sum), up_scale), x_scale);
+    store_floats(task.h + i * task.h_stride + 16 * panel, silu_mul(g, u));
   }
 };
 
-template <bool Int4>
-void gate_up(const GateUpTask& task) {
-  for_token_blocks(task.count, GateUpBlocks<Int4>{task});
-}
-
-template <bool Int4, int P>
-struct DownBlocks {
+template <bool Offset, int P>
+struct DownEpilogue {
   const DownTask& task;
   int64_t panel;
+  Floats scale[P];
 
-  template <int T>
-  void block(int64_t first) const {
-    const DownTask& s = task;
-    const uint8_t* x[T];
-    for (int t = 0; t < T; ++t) x[t] = s.h.data + (first + t) * s.h.stride;
-    const uint8_t* codes[P];
-    const uint8_t* index[P];
-    for (int p = 0; p < P; ++p) {
-      codes[p] = s.down.codes + (panel + p) * s.down.codes_per_panel;
-      index[p] = s.down.table_index + (panel + p) * s.down.index_per_panel;
-    }
-    Acc acc[P][T];
-    dot_panels<P, T, Int4>(codes, index, s.tables, s.down.k, x, acc);
+  DownEpilogue(const DownTask& t, int64_t at) : task(t), panel(at) {
+    for (int p = 0; p < P; ++p) scale[p] = load_bf16(t.down.scales + 16 * (at + p));
+  }
 
+  void operator()(int64_t i, const Acc (&sums)[P]) const {
+    const RowScale& row = task.h.scales[i];
+    const int32_t h_sum = Offset ? row.sum : 0;
+    const Floats weight = set1(task.weights[i] * row.scale);
+    float* out = task.out + task.tokens[i] * task.out_stride + 16 * panel;
     for (int p = 0; p < P; ++p) {
-      const Floats scale = load_bf16(s.down.scales + 16 * (panel + p));
-      for (int t = 0; t < T; ++t) {
-        const RowScale& row = s.h.scales[first + t];
-        const Floats weight = set1(s.weights[first + t] * row.scale);
-        const Floats y = mul(mul(acc_to_floats(acc[p][t], row.sum), scale), weight);
-        float* out = s.out + s.tokens[first + t] * s.out_stride + 16 * (panel + p);
-        store_floats(out, add(load_floats(out), y));
-      }
+      const Floats y = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
+      store_floats(out + 16 * p, add(load_floats(out + 16 * p), y));
     }
   }
 };
 
+inline const uint8_t* codes_of(const Matrix& m, int64_t panel) {
+  return m.codes + panel * m.codes_per_panel;
+}
+inline const uint8_t* index_of(const Matrix& m, int64_t panel) {
+  return m.table_index + panel * m.index_per_panel;
+}
+
+// Gate and up of one panel; panels of a task follow each other in memory.
+inline Panels<2> gate_up_panels(const GateUpTask& s, int64_t panel) {
+  return {{codes_of(s.gate, panel), codes_of(s.up, panel)},
+          {index_of(s.gate, panel), index_of(s.up, panel)},
+          {codes_of(s.gate, panel + 1), codes_of(s.up, panel + 1)},
+          s.tables,
+          s.gate.k};
+}
+
+// P consecutive panels of down.
+template <int P>
+inline Panels<P> down_panels(const DownTask& s, int64_t panel) {
+  Panels<P> panels;
+  for (int p = 0; p < P; ++p) {
+    panels.codes[p] = codes_of(s.down, panel + p);
+    panels.index[p] = index_of(s.down, panel + p);
+    panels.next[p] = codes_of(s.down, panel + P + p);
+  }
+  panels.tables = s.tables;
+  panels.k = s.down.k;
+  return panels;
+}
+
 template <bool Int4>
-void down(const DownTask& task) {
-  int64_t panel = task.panel;
-  const int64_t end = task.panel + task.panels;
+void gate_up(const GateUpTask& s) {
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel)
+    multiply_panels<2, Int4>(gate_up_panels(s, panel), s.x, s.count, s.workspace,
+                             GateUpEpilogue<true>(s, panel));
+}
+
+template <bool Int4>
+void down(const DownTask& s) {
+  int64_t panel = s.panel;
+  const int64_t end = s.panel + s.panels;
   for (; panel + 2 <= end; panel += 2)
-    for_token_blocks(task.count, DownBlocks<Int4, 2>{task, panel});
-  if (panel < end) for_token_blocks(task.count, DownBlocks<Int4, 1>{task, panel});
+    multiply_panels<2, Int4>(down_panels<2>(s, panel), s.h, s.count, s.workspace,
+                             DownEpilogue<true, 2>(s, panel));
+  if (panel < end)
+    multiply_panels<1, Int4>(down_panels<1>(s, panel), s.h, s.count, s.workspace,
+                             DownEpilogue<true, 1>(s, panel));
 }
 
 }  // namespace

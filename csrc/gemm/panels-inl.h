@@ -1,55 +1,177 @@
-// The integer product: P panels of 16 rows times T activation rows over all of k, in registers.
-// Weights are unpacked once and used for T tokens; each activation is broadcast once and used for
-// P panels.
+// The integer product: P panels of 16 rows times the activation rows of one expert's tokens.
+//
+// Up to kDirectTokens tokens: weights go from memory through the table shuffle to the product in
+// registers and are used at once (decode). More: a slab of k is unpacked once into the first-level
+// cache and used for all tokens, their sums waiting in memory between slabs (prefill). What comes
+// next is fetched in the meantime, a line now and then: bursts would hold up the loads behind them.
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int64_t kPrefetchBytes =
-    2048;  // ahead of the codes' stream: beyond a page's start-up miss
+// Ahead of the codes' stream: beyond a page's start-up miss.
+constexpr int64_t kPrefetchBytes = 2048;
 
-// acc[p][t][r] = sum over k of w_p[r][k] * x_t[k].
-template <int P, int T, bool Int4>
-inline void dot_panels(const uint8_t* const (&codes)[P], const uint8_t* const (&index)[P],
-                       const uint8_t* tables, int64_t k, const uint8_t* const (&x)[T],
-                       Acc (&acc)[P][T]) {
-  for (int p = 0; p < P; ++p)
-    for (int t = 0; t < T; ++t) acc[p][t] = zero_acc();
+// k of a slab: two panels of it are 16 KiB, half of the smallest first-level cache.
+constexpr int64_t kSlabK = 512;
 
-  const auto step = [&](const Weights(&w)[P], int64_t at) {
-    for (int t = 0; t < T; ++t) {
-      const Activation a = load_activation(x[t] + at);
-      for (int p = 0; p < P; ++p) dot(acc[p][t], w[p], a);
+// Tokens that share a slab: the sums of two panels for them are 16 KiB, beside the slab.
+constexpr int64_t kChunkTokens = 128;
+
+constexpr int64_t kSlabBytes = kSlabK * 16;  // of one panel
+
+// k between two fetches; all k are multiples of it.
+constexpr int64_t kFetchK = 16;
+
+// What multiply_panels needs of a worker's memory for P panels.
+template <int P>
+struct PanelWorkspace {
+  alignas(64) uint8_t slab[P][kSlabBytes];
+  alignas(64) int32_t sums[kChunkTokens][P][16];
+};
+
+// P panels of one or several matrices, each with k columns. `next` is what is worth having in the
+// cache when these are done.
+template <int P>
+struct Panels {
+  const uint8_t* codes[P];
+  const uint8_t* index[P];
+  const uint8_t* next[P];
+  const uint8_t* tables;
+  int64_t k;
+};
+
+template <bool Int4>
+constexpr int64_t code_bytes(int64_t k) {
+  return Int4 ? k * 8 : k * 16;
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Fetches `bytes` from each of P places into the cache, spread over `calls` calls of run.
+template <int P>
+class Fetcher {
+ public:
+  Fetcher(const uint8_t* const (&at)[P], int64_t bytes, int64_t calls)
+      : bytes_(bytes), step_(64 * divide_up(bytes / 64, calls)) {
+    for (int p = 0; p < P; ++p) at_[p] = at[p];
+  }
+
+  template <void (*Prefetch)(const uint8_t*) = prefetch>
+  void run() {
+    for (int64_t line = 0; line < step_ && bytes_ > 0; line += 64, bytes_ -= 64) {
+      for (int p = 0; p < P; ++p) {
+        Prefetch(at_[p]);
+        at_[p] += 64;
+      }
     }
-  };
+  }
 
+ private:
+  const uint8_t* at_[P];
+  int64_t bytes_;  // left, of each
+  int64_t step_;   // of a call
+};
+
+// Calls step(weights of the P panels, k) for every 4 k from `begin` to `end`, unpacked from codes.
+template <int P, bool Int4, class F>
+inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, const F& step) {
   if constexpr (Int4) {
-    for (int64_t b = 0; b < k / 16; ++b) {
+    for (int64_t b = begin / 16; b < end / 16; ++b) {
       Tables block[P];
       for (int p = 0; p < P; ++p) {
-        block[p] = load_tables(tables, index[p] + 4 * b);
-        prefetch(codes[p] + 128 * b + kPrefetchBytes);
-        prefetch(codes[p] + 128 * b + 64 + kPrefetchBytes);
+        block[p] = load_tables(panels.tables, panels.index[p] + 4 * b);
+        prefetch(panels.codes[p] + 128 * b + kPrefetchBytes);
+        prefetch(panels.codes[p] + 128 * b + 64 + kPrefetchBytes);
       }
       for (int half = 0; half < 2; ++half) {
         Weights low[P], high[P];
         for (int p = 0; p < P; ++p)
-          unpack(codes[p] + 128 * b + 64 * half, block[p], low[p], high[p]);
+          unpack(panels.codes[p] + 128 * b + 64 * half, block[p], low[p], high[p]);
         step(low, 16 * b + 8 * half);
         step(high, 16 * b + 8 * half + 4);
       }
     }
   } else {
-    for (int64_t s = 0; s < k / 4; ++s) {
+    for (int64_t s = begin / 4; s < end / 4; ++s) {
       Weights w[P];
       for (int p = 0; p < P; ++p) {
-        w[p] = load_weights(codes[p] + 64 * s);
-        prefetch(codes[p] + 64 * s + kPrefetchBytes);
+        w[p] = load_weights(panels.codes[p] + 64 * s);
+        prefetch(panels.codes[p] + 64 * s + kPrefetchBytes);
       }
       step(w, 4 * s);
     }
   }
 }
+
+// acc[t][p] += the weights of P panels at k .. k + 3 times those of T rows.
+template <int P, int T>
+inline void multiply_step(const Weights (&w)[P], const uint8_t* const (&x)[T], int64_t k,
+                          Acc (&acc)[T][P]) {
+  for (int t = 0; t < T; ++t) {
+    const Activation a = load_activation(x[t] + k);
+    for (int p = 0; p < P; ++p) dot(acc[t][p], w[p], a);
+  }
+}
+
+// One block of T tokens over all of k, from the codes.
+template <int P, bool Int4, class Finish>
+struct DirectBlocks {
+  const Panels<P>& panels;
+  const Rows& x;
+  const Finish& finish;
+
+  template <int T>
+  void block(int64_t first) const {
+    const uint8_t* rows[T];
+    for (int t = 0; t < T; ++t) rows[t] = x.data + (first + t) * x.stride;
+    Acc acc[T][P];
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < P; ++p) acc[t][p] = zero_acc();
+    for_weights<P, Int4>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
+      multiply_step<P, T>(w, rows, k, acc);
+    });
+    for (int t = 0; t < T; ++t) finish(first + t, acc[t]);
+  }
+};
+
+// One block of T tokens over a slab.
+template <int P, class Finish>
+struct SlabBlocks {
+  const PanelWorkspace<P>& slab;
+  int32_t (*sums)[P][16];
+  const Rows& x;
+  const Finish& finish;
+  int64_t chunk;  // first token of the chunk
+  int64_t begin;  // k of the slab
+  int64_t end;
+  int64_t k;
+  Fetcher<P>& fetcher;
+
+  template <int T>
+  void block(int64_t first) const {
+    const uint8_t* rows[T];
+    for (int t = 0; t < T; ++t) rows[t] = x.data + (chunk + first + t) * x.stride + begin;
+    Acc acc[T][P];
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < P; ++p)
+        acc[t][p] = begin == 0 ? zero_acc() : load_acc(sums[first + t][p]);
+    for (int64_t at = 0; at < end - begin; at += kFetchK) {
+      fetcher.run();
+      for (int64_t step = at; step < at + kFetchK; step += 4) {
+        Weights w[P];
+        for (int p = 0; p < P; ++p) w[p] = reload_weights(slab.slab[p] + 16 * step);
+        multiply_step<P, T>(w, rows, step, acc);
+      }
+    }
+    for (int t = 0; t < T; ++t) {
+      if (end == k) {
+        finish(chunk + first + t, acc[t]);
+      } else {
+        for (int p = 0; p < P; ++p) store_acc(sums[first + t][p], acc[t][p]);
+      }
+    }
+  }
+};
 
 // Calls f.template block<T>(first) for all of [0, count) in blocks of at most kTokenBlock.
 template <int T, class F>
@@ -67,6 +189,33 @@ inline void for_token_blocks(int64_t count, const F& f) {
   int64_t first = 0;
   for (; count - first >= kTokenBlock; first += kTokenBlock) f.template block<kTokenBlock>(first);
   tail_block<kTokenBlock - 1>(first, count - first, f);
+}
+
+// Calls finish(i, sums) for every i in [0, count): sums[p][r] = sum over k of w_p[r][k] * x_i[k].
+template <int P, bool Int4, class Finish>
+void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint8_t* workspace,
+                     const Finish& finish) {
+  if (count <= kDirectTokens) {
+    for_token_blocks(count, DirectBlocks<P, Int4, Finish>{panels, x, finish});
+    return;
+  }
+  auto& w = *reinterpret_cast<PanelWorkspace<P>*>(workspace);
+  for (int64_t chunk = 0; chunk < count; chunk += kChunkTokens) {
+    const int64_t tokens = count - chunk < kChunkTokens ? count - chunk : kChunkTokens;
+    for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
+      const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
+      for_weights<P, Int4>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
+        for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
+      });
+      const uint8_t* next[P];
+      for (int p = 0; p < P; ++p)
+        next[p] = end < panels.k ? panels.codes[p] + code_bytes<Int4>(end) : panels.next[p];
+      const int64_t calls = divide_up(tokens, kTokenBlock) * ((end - begin) / kFetchK);
+      Fetcher<P> fetcher(next, code_bytes<Int4>(kSlabK), calls);
+      for_token_blocks(tokens, SlabBlocks<P, Finish>{w, w.sums, x, finish, chunk, begin, end,
+                                                     panels.k, fetcher});
+    }
+  }
 }
 
 }  // namespace

@@ -30,56 +30,68 @@ inline void configure_tiles() {
 // Back to the initial state, so that a sleeping thread has no tiles for the kernel to save.
 inline void release_tiles() { _tile_release(); }
 
-// Accumulators of Blocks x 16 rows by 2 panels, as they are stored: [block][panel][row][column].
-template <int Blocks>
+// Sums of 16 rows by 2 panels, as tiles are stored.
 struct alignas(64) TileSums {
-  int32_t v[Blocks][2][kTileRows][16];
+  int32_t v[2][kTileRows][16];
 };
 
-// sums = x . w over k. `panels` are two panels of int8 weights, k / 64 tiles each; `x` holds
-// Blocks x 16 rows. `ahead[p]` is fetched into the cache on the way, `ahead_bytes` of each.
-template <int Blocks, bool UnsignedWeights>
-inline void multiply_tiles(const uint8_t* const (&panels)[2], const uint8_t* x, int64_t stride,
-                           int64_t k, const uint8_t* const (&ahead)[2], int64_t ahead_bytes,
-                           TileSums<Blocks>& sums) {
-  const int64_t ahead_step = ahead_bytes * kTileK / k;  // bytes for each step of the loop
+// What follows works on Blocks x 16 rows by 2 panels.
+template <int Blocks>
+inline void zero_sums() {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (Blocks == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t at = 0, fetch = 0; at < k; at += kTileK, fetch += ahead_step) {
-    for (int64_t line = 0; line < ahead_step; line += 64) {
-      _mm_prefetch(reinterpret_cast<const char*>(ahead[0] + fetch + line), _MM_HINT_T1);
-      _mm_prefetch(reinterpret_cast<const char*>(ahead[1] + fetch + line), _MM_HINT_T1);
-    }
-    _tile_loadd(6, panels[0] + at * kTileRows, 64);
-    _tile_loadd(7, panels[1] + at * kTileRows, 64);
-    _tile_loadd(4, x + at, stride);
-    if constexpr (Blocks == 2) _tile_loadd(5, x + kTileRows * stride + at, stride);
-    if constexpr (UnsignedWeights) {
-      _tile_dpbsud(0, 4, 6);
-      _tile_dpbsud(1, 4, 7);
-      if constexpr (Blocks == 2) {
-        _tile_dpbsud(2, 5, 6);
-        _tile_dpbsud(3, 5, 7);
-      }
-    } else {
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 4, 7);
-      if constexpr (Blocks == 2) {
-        _tile_dpbssd(2, 5, 6);
-        _tile_dpbssd(3, 5, 7);
-      }
-    }
-  }
-  _tile_stored(0, sums.v[0][0], 64);
-  _tile_stored(1, sums.v[0][1], 64);
+}
+template <int Blocks>
+inline void load_sums(const TileSums* sums) {
+  _tile_loadd(0, sums[0].v[0], 64);
+  _tile_loadd(1, sums[0].v[1], 64);
   if constexpr (Blocks == 2) {
-    _tile_stored(2, sums.v[1][0], 64);
-    _tile_stored(3, sums.v[1][1], 64);
+    _tile_loadd(2, sums[1].v[0], 64);
+    _tile_loadd(3, sums[1].v[1], 64);
   }
+}
+template <int Blocks>
+inline void store_sums(TileSums* sums) {
+  _tile_stored(0, sums[0].v[0], 64);
+  _tile_stored(1, sums[0].v[1], 64);
+  if constexpr (Blocks == 2) {
+    _tile_stored(2, sums[1].v[0], 64);
+    _tile_stored(3, sums[1].v[1], 64);
+  }
+}
+
+// sums += x . w over 64 k: one tile of each panel, and of each 16 rows of x.
+template <int Blocks, bool UnsignedWeights>
+inline void multiply_tiles(const uint8_t* panel0, const uint8_t* panel1, const uint8_t* x,
+                           int64_t stride) {
+  _tile_loadd(6, panel0, 64);
+  _tile_loadd(7, panel1, 64);
+  _tile_loadd(4, x, stride);
+  if constexpr (Blocks == 2) _tile_loadd(5, x + kTileRows * stride, stride);
+  if constexpr (UnsignedWeights) {
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if constexpr (Blocks == 2) {
+      _tile_dpbsud(2, 5, 6);
+      _tile_dpbsud(3, 5, 7);
+    }
+  } else {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (Blocks == 2) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+}
+
+// Into the second-level cache: tiles are loaded from there without a loss.
+inline void prefetch_second_level(const uint8_t* p) {
+  _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);
 }
 
 }  // namespace

@@ -12,7 +12,8 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 2;  // 2 panels x 2 tokens x 2 halves = 8 accumulators of 16 registers
+constexpr int kTokenBlock = 2;    // 2 panels x 2 tokens x 2 halves = 8 accumulators of 16 registers
+constexpr int kDirectTokens = 2;  // unpacking takes as long as two tokens' products
 
 struct Pair {
   __m256i low, high;
@@ -62,7 +63,18 @@ inline Weights load_weights(const uint8_t* codes) {
   return with_magnitude(load256(codes), load256(codes + 32));
 }
 
+inline void store_weights(uint8_t* p, const Weights& w) {
+  store256(p, w.value.low);
+  store256(p + 32, w.value.high);
+}
+inline Weights reload_weights(const uint8_t* p) { return load_weights(p); }
+
 inline Acc zero_acc() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Acc load_acc(const int32_t* p) { return {load256(p), load256(p + 8)}; }
+inline void store_acc(int32_t* p, const Acc& a) {
+  store256(p, a.low);
+  store256(p + 8, a.high);
+}
 inline Activation load_activation(const uint8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);

@@ -14,6 +14,10 @@ namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
 constexpr int kTokenBlock = 8;  // 2 panels x 8 tokens = 16 accumulators of 32 registers
+#ifndef KT_DIRECT
+#define KT_DIRECT 24
+#endif
+constexpr int kDirectTokens = KT_DIRECT;  // unpacking is nearly free beside memory and products
 
 using Weights = __m512i;
 using Tables = __m512i;
@@ -46,7 +50,12 @@ inline Weights load_weights(const uint8_t* codes) {
   return _mm512_xor_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(-128));
 }
 
+inline void store_weights(uint8_t* p, Weights w) { _mm512_storeu_si512(p, w); }
+inline Weights reload_weights(const uint8_t* p) { return _mm512_loadu_si512(p); }
+
 inline Acc zero_acc() { return _mm512_setzero_si512(); }
+inline Acc load_acc(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline void store_acc(int32_t* p, Acc a) { _mm512_storeu_si512(p, a); }
 inline Activation load_activation(const uint8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);

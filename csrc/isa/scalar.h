@@ -14,7 +14,8 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 4;  // tokens of one register block
+constexpr int kTokenBlock = 4;    // tokens of one register block
+constexpr int kDirectTokens = 4;  // more share unpacked weights
 
 struct Weights {
   int8_t v[64];
@@ -56,7 +57,17 @@ inline Weights load_weights(const uint8_t* codes) {
   return w;
 }
 
+// Weights as they are kept in a slab (gemm/panels-inl.h), 64 bytes.
+inline void store_weights(uint8_t* p, const Weights& w) { std::memcpy(p, w.v, 64); }
+inline Weights reload_weights(const uint8_t* p) { return load_weights(p); }
+
 inline Acc zero_acc() { return Acc{}; }
+inline Acc load_acc(const int32_t* p) {
+  Acc a;
+  std::memcpy(a.v, p, sizeof a.v);
+  return a;
+}
+inline void store_acc(int32_t* p, const Acc& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline Activation load_activation(const uint8_t* x) { return reinterpret_cast<const int8_t*>(x); }
 
 inline void dot(Acc& acc, const Weights& w, Activation x) {

@@ -59,10 +59,7 @@ void LayerJob::each_scratch(F f) const {
   f(scratch_.out, static_cast<size_t>(tokens_ * float_stride(c.hidden_size)) * sizeof(float));
 }
 
-int64_t LayerJob::workspace_bytes() const {
-  const LayerConfig& c = layer_.config();
-  return kernels_.workspace_per_k * std::max(c.hidden_size, c.intermediate_size);
-}
+int64_t LayerJob::workspace_bytes() const { return kernels_.workspace_bytes; }
 
 bool LayerJob::fits_scratch() const {
   bool fits = true;
@@ -129,7 +126,7 @@ void LayerJob::gate_up(int worker, int workers) {
   const int64_t stride = row_stride(c.hidden_size, kernels_);
   for (auto [task, end] = next_gate_up_.take(tasks, workers); task < end;
        std::tie(task, end) = next_gate_up_.take(tasks, workers)) {
-    for (; task < end; ++task) {
+    while (task < end) {
       const auto group = static_cast<size_t>(task / panels);
       const int64_t first = routing_.begin[group];
       GateUpTask t;
@@ -137,6 +134,7 @@ void LayerJob::gate_up(int worker, int workers) {
       t.up = layer_.matrix(routing_.experts[group], Projection::kUp);
       t.tables = layer_.tables_.data();
       t.panel = task % panels;
+      t.panels = std::min(panels - t.panel, end - task);
       t.x = {scratch_.x_q.data() + first * stride, stride,
              scratch_.x_scales.as<RowScale>() + first};
       t.count = routing_.begin[group + 1] - first;
@@ -144,6 +142,7 @@ void LayerJob::gate_up(int worker, int workers) {
       t.h_stride = float_stride(c.intermediate_size);
       t.workspace = workspace(worker);
       run(t);
+      task += t.panels;
     }
   }
 }

@@ -5,6 +5,7 @@
 
 #include "gemm/quantize-inl.h"
 #include "gemm/panels-inl.h"
+#include "gemm/tiles-inl.h"
 #include "expert/activation-inl.h"
 #include "expert/expert-inl.h"
 #include "expert/expert_tiles-inl.h"
@@ -15,7 +16,8 @@ extern const Kernels kernels;
 const Kernels kernels = {
     "amx",
     1,
-    kWorkspacePerK,
+    sizeof(TileWorkspace) > sizeof(PanelWorkspace<2>) ? sizeof(TileWorkspace)
+                                                      : sizeof(PanelWorkspace<2>),
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,

@@ -17,7 +17,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     KT_NAME(KT_TARGET_NAMESPACE),
     1,
-    0,
+    sizeof(PanelWorkspace<2>),
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,

@@ -33,12 +33,14 @@ struct Rows {
   const RowScale* scales;
 };
 
-// h[i][16 * panel + r] = silu(gate_r . x_i) * (up_r . x_i) for `count` tokens of one expert.
+// h[i][16 * panel + r] = silu(gate_r . x_i) * (up_r . x_i) for `count` tokens of one expert, for
+// `panels` consecutive panels from `panel`.
 struct GateUpTask {
   Matrix gate;
   Matrix up;
   const uint8_t* tables;  // prepared by prepare_tables; null for int8
   int64_t panel;
+  int64_t panels;
   Rows x;
   int64_t count;
   float* h;  // [count] rows, h_stride floats apart
@@ -67,7 +69,7 @@ constexpr int kRowPadding = 32;
 struct Kernels {
   const char* name;
   int activation_bytes;     // bytes of one quantised activation: 1, or 4 in the reference target
-  int64_t workspace_per_k;  // bytes of workspace that a task over k needs for each k
+  int64_t workspace_bytes;  // of one worker, a multiple of 64
   void (*prepare_tables)(const int8_t* tables, uint8_t* prepared);  // both [256][16]
   void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);

@@ -43,14 +43,16 @@ void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, cons
 
 template <bool Int4>
 void gate_up(const GateUpTask& s) {
-  for (int64_t i = 0; i < s.count; ++i) {
-    const uint8_t* x = s.x.data + i * s.x.stride;
-    float g[16], u[16];
-    panel_times_row<Int4>(s.gate, s.tables, s.panel, x, g);
-    panel_times_row<Int4>(s.up, s.tables, s.panel, x, u);
-    float* h = s.h + i * s.h_stride + 16 * s.panel;
-    for (int r = 0; r < 16; ++r)
-      h[r] = static_cast<float>(g[r] / (1.0 + std::exp(-static_cast<double>(g[r]))) * u[r]);
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
+    for (int64_t i = 0; i < s.count; ++i) {
+      const uint8_t* x = s.x.data + i * s.x.stride;
+      float g[16], u[16];
+      panel_times_row<Int4>(s.gate, s.tables, panel, x, g);
+      panel_times_row<Int4>(s.up, s.tables, panel, x, u);
+      float* h = s.h + i * s.h_stride + 16 * panel;
+      for (int r = 0; r < 16; ++r)
+        h[r] = static_cast<float>(g[r] / (1.0 + std::exp(-static_cast<double>(g[r]))) * u[r]);
+    }
   }
 }
 

@@ -9,7 +9,7 @@ import torch
 from tests import reference
 from tests.conftest import INTEGER_TARGETS
 from tests.layers import THREADS, RandomLayer, random_batch
-from tests.shapes import LAYERS, TOKENS, LayerShape
+from tests.shapes import LAYERS, MANY_TOKENS, TOKENS, LayerShape
 
 SHAPE = LAYERS[0]
 
@@ -111,10 +111,10 @@ def test_mask_may_change_between_calls(method: str) -> None:
 
 
 def test_all_tokens_on_one_expert(target: str, method: str) -> None:
-    shape = LayerShape(8, 1, 256, 192)
+    shape = LayerShape(8, 1, 1088, 192)
     layer = RandomLayer(shape)
-    x, _, weights = random_batch(shape, 100)
-    ids = torch.full((100, 1), 5, dtype=torch.int32)
+    x, _, weights = random_batch(shape, MANY_TOKENS)
+    ids = torch.full((MANY_TOKENS, 1), 5, dtype=torch.int32)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
     assert reference.relative_error(found, expected(layer, method, x, ids, weights)) < TIGHT
 
