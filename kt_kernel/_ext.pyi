@@ -21,7 +21,13 @@ def cpu_brand() -> str: ...
 def allowed_cpus() -> list[tuple[int, int, int]]:
     """(CPU id, NUMA node, rank among the hyperthreads of its core)."""
 
-def choose_cpus(threads: int, pools: int) -> list[int]: ...
+def choose_cpus(cpus: list[tuple[int, int, int]], threads: int, pools: int) -> list[list[int]]:
+    """CPU ids for ``pools`` groups of workers, ``threads`` in all where there are as many.
+
+    Args:
+        cpus: as from ``allowed_cpus``.
+    """
+
 def codes_shape(n: int, k: int, method: str) -> list[int]: ...
 def quantize_projection(
     weight: NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32],
@@ -64,11 +70,18 @@ class Job:
         """Wait for the end; raises what a worker threw."""
 
 class Engine:
-    def __init__(self, cpus: list[int], target: str) -> None: ...
+    """Workers pinned to ``cpus``, group after group; layers are cut into ``slices``."""
+
+    def __init__(self, cpus: list[list[int]], slices: int, target: str) -> None: ...
     @property
     def target(self) -> str: ...
     @property
-    def cpus(self) -> list[int]: ...
+    def cpus(self) -> list[list[int]]: ...
+    def take_buffer(self, bytes: int) -> NDArray[np.uint8]:
+        """[bytes] of page-aligned memory, its contents those of an earlier use.
+
+        It is used again when the array and all that shares its memory are gone.
+        """
 
 class Layer:
     def __init__(

@@ -28,7 +28,8 @@ def shared_engine(threads: int, pools: int) -> _ext.Engine:
     """The engine of that many threads in ``pools`` groups, one group for each NUMA node.
 
     Threads are pinned to the CPUs that this process may use, physical cores first, and never share
-    one: more threads than CPUs would make each phase wait for the slowest time slice.
+    one: more threads than CPUs would make each phase wait for the slowest time slice. Layers are
+    cut into ``pools`` slices, also where there are fewer threads than that.
 
     Raises:
         UserError: a count below 1, or a bad ``KT_TARGET``.
@@ -41,13 +42,14 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
     for name, value in (("cpuinfer_threads", threads), ("threadpool_count", pools)):
         if value < 1:
             raise UserError(f"{name} is {value}: expected at least 1")
-    cpus = _ext.choose_cpus(threads, pools)
-    if len(cpus) < threads:
+    groups = _ext.choose_cpus(_ext.allowed_cpus(), threads, pools)
+    found = sum(len(group) for group in groups)
+    if found < threads:
         logger.warning(
             "kt_kernel: --kt-cpuinfer asks for %d threads, %d CPUs may be used: running %d",
             threads,
-            len(cpus),
-            len(cpus),
+            found,
+            found,
         )
-    logger.info("kt_kernel: target %s, %d threads on CPUs %s", target, len(cpus), cpus)
-    return _ext.Engine(cpus, target)
+    logger.info("kt_kernel: target %s, %d threads on CPUs %s", target, found, groups)
+    return _ext.Engine(groups, pools, target)

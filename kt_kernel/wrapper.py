@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# The allocator takes larger tensors fresh from the system every time and pays for each page.
+_REUSED_OUTPUT_BYTES = 1 << 17
+
 
 class _Pending(NamedTuple):
     """A submitted call: its job and the tensors that the job writes to."""
@@ -53,7 +56,8 @@ class KTMoEWrapper:
         gpu_experts_mask: bool [E], true for experts on the GPU (the fork); not with
             ``num_gpu_experts``. May be changed in place between calls.
         cpuinfer_threads: worker threads, at most the CPUs this process may use.
-        threadpool_count: groups that the threads are spread over, one for each NUMA node.
+        threadpool_count: slices of the layer and groups of threads, one for each NUMA node. Decides
+            the last bits of the result; the number of threads does not.
         weight_path: folder written by ``python -m convert``; not needed for
             ``load_weights_from_tensors``.
         chunked_prefill_size: the largest number of tokens SGLang will submit; larger calls work.
@@ -123,8 +127,9 @@ class KTMoEWrapper:
                 max_deferred_experts_per_token,
             )
         self._top_k = num_experts_per_tok
+        self._engine = shared_engine(cpuinfer_threads, threadpool_count)
         self._layer = _ext.Layer(
-            shared_engine(cpuinfer_threads, threadpool_count),
+            self._engine,
             num_experts,
             num_experts_per_tok,
             hidden_size,
@@ -307,7 +312,7 @@ class KTMoEWrapper:
         x = hidden_states.contiguous()
         ids = topk_ids.to(torch.int32).contiguous()
         weights = topk_weights.contiguous()
-        output = torch.empty_like(x)
+        output = self._output_like(x)
         try:
             job = self._layer.submit(
                 x.data_ptr(),
@@ -321,6 +326,11 @@ class KTMoEWrapper:
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
         return _Pending(job, output)
+
+    def _output_like(self, x: torch.Tensor) -> torch.Tensor:
+        if x.nbytes < _REUSED_OUTPUT_BYTES:
+            return torch.empty_like(x)
+        return torch.from_numpy(self._engine.take_buffer(x.nbytes)).view(x.dtype).view(x.shape)
 
     # ---- statics that SGLang and the fork call ---------------------------------------------------
 

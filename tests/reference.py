@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -13,6 +15,14 @@ def quantize_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     top = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
     inverse = np.where(top > 0, np.float32(127) / np.where(top > 0, top, 1), 0).astype(np.float32)
     return np.rint(x * inverse), (top / np.float32(127))
+
+
+def slice_bounds(intermediate_size: int, slices: int) -> list[tuple[int, int]]:
+    """[begin, end) of each slice: whole units of 64, as equal as they can be."""
+    units = intermediate_size // 64
+    count = min(slices, units)
+    cuts = [64 * (units * s // count) for s in range(count + 1)]
+    return list(itertools.pairwise(cuts))
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -35,6 +45,7 @@ def moe(
     weights: np.ndarray,
     experts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
     quantize_activations: bool,
+    slices: int = 1,
 ) -> np.ndarray:
     """Sum over each token's top-k of weight * expert(x); experts that are not given are skipped.
 
@@ -42,6 +53,7 @@ def moe(
         x: float32 [T, H]; ids: int [T, k]; weights: float32 [T, k].
         experts: expert id -> float64 (gate [I, H], up [I, H], down [H, I]).
         quantize_activations: int8 for each row of x and of the intermediate, as the kernels do.
+        slices: parts of the intermediate that are quantised by themselves.
     """
     out = np.zeros(x.shape)
     for e, (gate, up, down) in experts.items():
@@ -52,8 +64,10 @@ def moe(
         if quantize_activations:
             q, scale = quantize_rows(rows)
             h = (silu(q @ gate.T * scale) * (q @ up.T * scale)).astype(np.float32)
-            q, scale = quantize_rows(h)
-            y = q @ down.T * scale
+            y = np.zeros((len(tokens), x.shape[1]))
+            for begin, end in slice_bounds(h.shape[1], slices):
+                q, scale = quantize_rows(h[:, begin:end])
+                y += q @ down[:, begin:end].T * scale
         else:
             y = (silu(rows @ gate.T) * (rows @ up.T)) @ down.T
         np.add.at(out, tokens, y * weights[tokens, slots][:, None])

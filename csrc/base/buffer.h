@@ -45,6 +45,9 @@ class Buffer {
     swap(fresh);
   }
 
+  static constexpr size_t kSmallPage = size_t{4} << 10;
+  static constexpr size_t kHugePage = size_t{2} << 20;
+
   uint8_t* data() const { return static_cast<uint8_t*>(data_); }
   size_t bytes() const { return bytes_; }
 
@@ -54,9 +57,6 @@ class Buffer {
   }
 
  private:
-  static constexpr size_t kSmallPage = size_t{4} << 10;
-  static constexpr size_t kHugePage = size_t{2} << 20;
-
   void swap(Buffer& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);

@@ -36,18 +36,15 @@ std::shared_ptr<Layer> make_layer(std::shared_ptr<Engine> engine, int64_t num_ex
   return std::make_shared<Layer>(config, std::move(engine));
 }
 
-void load_file(Layer& layer, const std::string& path,
-               const std::array<std::array<int64_t, 3>, 3>& offsets,
+void load_file(Layer& layer, const std::string& path, const std::array<FileOffsets, 3>& offsets,
                const std::optional<py::array_t<int8_t, py::array::c_style>>& tables,
                const std::vector<int64_t>& source) {
-  std::array<FileOffsets, 3> from;
-  for (size_t i = 0; i < 3; ++i) from[i] = {offsets[i][0], offsets[i][1], offsets[i][2]};
   if (layer.config().method == Method::kInt4 &&
       (!tables || tables->size() != kNumTables * kTableLevels))
     fail_argument("int4 weights need tables of ", kNumTables, " x ", kTableLevels);
   const int8_t* table_data = tables ? tables->data() : nullptr;
   const py::gil_scoped_release release;
-  layer.load_file(path, from, table_data, source);
+  layer.load_file(path, offsets, table_data, source);
 }
 
 void load_matrices(Layer& layer, const std::array<uintptr_t, 3>& addresses,
@@ -61,6 +58,19 @@ void load_matrices(Layer& layer, const std::array<uintptr_t, 3>& addresses,
   }
   const py::gil_scoped_release release;
   layer.load_matrices(stacked, source);
+}
+
+// An array that gives its memory back to the engine when nothing refers to it any more.
+py::array take_buffer(const std::shared_ptr<Engine>& engine, size_t bytes) {
+  struct Loan {
+    std::shared_ptr<Engine> engine;
+    Buffer buffer;
+    ~Loan() { engine->give_buffer(std::move(buffer)); }
+  };
+  std::unique_ptr<Loan> loan(new Loan{engine, engine->take_buffer(bytes)});
+  uint8_t* const data = loan->buffer.data();
+  const py::capsule owner(loan.release(), [](void* p) { delete static_cast<Loan*>(p); });
+  return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), data, owner);
 }
 
 std::shared_ptr<Job> submit(Layer& layer, uintptr_t x, const std::string& dtype, int64_t tokens,
@@ -81,10 +91,11 @@ void bind_layer(py::module_& module) {
           py::call_guard<py::gil_scoped_release>());
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
-      .def(py::init([](std::vector<int> cpus, const std::string& target) {
-             return std::make_shared<Engine>(std::move(cpus), find_target(target));
+      .def(py::init([](std::vector<std::vector<int>> cpus, int slices, const std::string& target) {
+             return std::make_shared<Engine>(std::move(cpus), slices, find_target(target));
            }),
-           py::arg("cpus"), py::arg("target"))
+           py::arg("cpus"), py::arg("slices"), py::arg("target"))
+      .def("take_buffer", &take_buffer, py::arg("bytes"))
       .def_property_readonly("target", [](const Engine& e) { return std::string(e.kernels.name); })
       .def_property_readonly("cpus", [](const Engine& e) { return e.pool.cpus(); });
 

@@ -27,7 +27,14 @@ void bind_machine(py::module_& module) {
     for (const Cpu& cpu : allowed_cpus()) list.emplace_back(cpu.id, cpu.node, cpu.core_rank);
     return list;
   });
-  module.def("choose_cpus", &choose_cpus, py::arg("threads"), py::arg("pools"));
+  module.def(
+      "choose_cpus",
+      [](const std::vector<std::tuple<int, int, int>>& cpus, int threads, int pools) {
+        std::vector<Cpu> list;
+        for (const auto& [id, node, core_rank] : cpus) list.push_back({id, node, core_rank});
+        return choose_cpus(list, threads, pools);
+      },
+      py::arg("cpus"), py::arg("threads"), py::arg("pools"));
 }
 
 }  // namespace kt

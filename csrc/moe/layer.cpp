@@ -3,42 +3,16 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "base/error.h"
 #include "moe/layer_job.h"
 
 namespace kt {
 namespace {
-
-constexpr int64_t kAlign = 64;
-
-int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-// A one-phase job over independent items, handed out one at a time.
-template <class F>
-class ParallelFor : public Job {
- public:
-  ParallelFor(int64_t items, F f) : items_(items), f_(std::move(f)) {}
-  int phases() const override { return 1; }
-  void run(int, int, int) override {
-    for (int64_t i = next_++; i < items_; i = next_++) f_(i);
-  }
-
- private:
-  const int64_t items_;
-  const F f_;
-  std::atomic<int64_t> next_{0};
-};
-
-template <class F>
-void parallel_for(WorkerPool& pool, int64_t items, F f) {
-  const auto job = std::make_shared<ParallelFor<F>>(items, std::move(f));
-  pool.submit(job);
-  WorkerPool::wait(*job);
-}
 
 class File {
  public:
@@ -78,33 +52,6 @@ void check_source(const std::vector<int64_t>& source, int64_t num_experts) {
 
 }  // namespace
 
-void Engine::submit(const std::shared_ptr<LayerJob>& job) {
-  const std::lock_guard lock(mutex_);
-  if (!job->fits_scratch()) {
-    pool.drain();
-    job->grow_scratch();
-  }
-  pool.submit(job);
-}
-
-Buffer Engine::take_buffer(size_t bytes) {
-  Buffer buffer;
-  {
-    const std::lock_guard lock(mutex_);
-    if (!free_buffers_.empty()) {
-      buffer = std::move(free_buffers_.back());
-      free_buffers_.pop_back();
-    }
-  }
-  buffer.reserve(bytes);
-  return buffer;
-}
-
-void Engine::give_buffer(Buffer buffer) {
-  const std::lock_guard lock(mutex_);
-  free_buffers_.push_back(std::move(buffer));
-}
-
 Layer::Layer(LayerConfig config, std::shared_ptr<Engine> engine)
     : config_(config), engine_(std::move(engine)) {
   if (config_.num_experts < 1) fail_argument("num_experts is ", config_.num_experts);
@@ -114,91 +61,93 @@ Layer::Layer(LayerConfig config, std::shared_ptr<Engine> engine)
                                     std::pair{"intermediate_size", config_.intermediate_size}})
     if (value < kDimMultiple || value % kDimMultiple != 0)
       fail_argument(name, " is ", value, ": expected a positive multiple of ", kDimMultiple);
-  for (Projection projection : kProjections) {
-    const ProjectionLayout p = layout(projection);
-    part_offset_[static_cast<size_t>(projection)] = slot_bytes_;
-    slot_bytes_ += align(p.codes_bytes()) + align(p.index_bytes()) + align(p.scales_bytes());
-  }
+  const int64_t units = config_.intermediate_size / kDimMultiple;
+  const int64_t slices = std::min<int64_t>(engine_->slices(), units);
+  for (int64_t s = 0; s < slices; ++s)
+    slices_.emplace_back(config_, units * s / slices * kDimMultiple,
+                         units * (s + 1) / slices * kDimMultiple);
 }
 
 Layer::~Layer() { engine_->pool.drain(); }
 
-ProjectionLayout Layer::layout(Projection projection) const {
-  if (projection == Projection::kDown)
-    return {config_.hidden_size, config_.intermediate_size, config_.method};
-  return {config_.intermediate_size, config_.hidden_size, config_.method};
-}
-
-uint8_t* Layer::part(int64_t slot, Projection projection) const {
-  return weights_.data() + slot * slot_bytes_ + part_offset_[static_cast<size_t>(projection)];
-}
-
-PackedProjection Layer::packed(int64_t slot, Projection projection) const {
-  const ProjectionLayout p = layout(projection);
-  uint8_t* codes = part(slot, projection);
-  uint8_t* index = codes + align(p.codes_bytes());
-  return {codes, index, reinterpret_cast<uint16_t*>(index + align(p.index_bytes()))};
-}
-
-Matrix Layer::matrix(int64_t slot, Projection projection) const {
-  const ProjectionLayout p = layout(projection);
-  const PackedProjection at = packed(slot, projection);
-  return {at.codes, at.table_index, at.scales, p.k, p.codes_per_panel(), p.index_per_panel()};
-}
-
-void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>& offsets,
-                      const int8_t* tables, const std::vector<int64_t>& source) {
+void Layer::prepare(const int8_t* tables, const std::vector<int64_t>& source) {
   check_source(source, config_.num_experts);
-  const File file(path);
-  weights_.reserve(static_cast<size_t>(config_.num_experts * slot_bytes_));
+  for (Slice& slice : slices_) slice.reserve();
   if (config_.method == Method::kInt4) {
     tables_.reserve(kNumTables * kTableLevels);
     engine_->kernels.prepare_tables(tables, tables_.data());
   }
-  parallel_for(engine_->pool, config_.num_experts * 3, [&](int64_t item) {
+}
+
+void Layer::finish(const std::vector<int64_t>& source) {
+  const int64_t experts = config_.num_experts - std::count(source.begin(), source.end(), -1);
+  weight_bytes_ = 0;
+  for (const Slice& slice : slices_) weight_bytes_ += experts * slice.slot_bytes();
+  loaded_ = true;
+}
+
+void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>& offsets,
+                      const int8_t* tables, const std::vector<int64_t>& source) {
+  prepare(tables, source);
+  const File file(path);
+  parallel_for(engine_->pool, num_slices(), config_.num_experts * 3, [&](int s, int64_t item) {
     const int64_t slot = item / 3;
     const int64_t expert = source[static_cast<size_t>(slot)];
     if (expert < 0) return;
     const Projection projection = kProjections[static_cast<size_t>(item % 3)];
-    const ProjectionLayout p = layout(projection);
-    const FileOffsets& from = offsets[static_cast<size_t>(projection)];
-    const PackedProjection to = packed(slot, projection);
-    file.read_at(from.codes + expert * p.codes_bytes(), p.codes_bytes(), to.codes);
-    if (p.index_bytes() > 0)
-      file.read_at(from.table_index + expert * p.index_bytes(), p.index_bytes(), to.table_index);
-    file.read_at(from.scales + expert * p.scales_bytes(), p.scales_bytes(),
-                 reinterpret_cast<uint8_t*>(to.scales));
+    const ProjectionLayout whole = layout(projection);
+    const std::array<int64_t, 3> part_bytes = {whole.codes_bytes(), whole.index_bytes(),
+                                               whole.scales_bytes()};
+    slices_[static_cast<size_t>(s)].for_each_run(
+        slot, projection, [&](Part part, int64_t from, int64_t bytes, uint8_t* to) {
+          const auto i = static_cast<size_t>(part);
+          const int64_t start = offsets[static_cast<size_t>(projection)][i];
+          file.read_at(start + expert * part_bytes[i] + from, bytes, to);
+        });
   });
-  loaded_ = true;
+  finish(source);
 }
 
 void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
                           const std::vector<int64_t>& source) {
-  check_source(source, config_.num_experts);
-  weights_.reserve(static_cast<size_t>(config_.num_experts * slot_bytes_));
-  if (config_.method == Method::kInt4) {
-    tables_.reserve(kNumTables * kTableLevels);
-    engine_->kernels.prepare_tables(&int4_tables()[0][0], tables_.data());
-  }
-  parallel_for(engine_->pool, config_.num_experts * 3, [&](int64_t item) {
+  prepare(&int4_tables()[0][0], source);
+  // A row of down lies in all slices but has one scale, so one worker quantises all of it: the
+  // memory is placed before.
+  parallel_for(engine_->pool, num_slices(), config_.num_experts, [&](int s, int64_t slot) {
+    if (source[static_cast<size_t>(slot)] >= 0) slices_[static_cast<size_t>(s)].touch(slot);
+  });
+  parallel_for(engine_->pool, num_slices(), config_.num_experts * 3, [&](int s, int64_t item) {
     const int64_t slot = item / 3;
     const int64_t expert = source[static_cast<size_t>(slot)];
-    if (expert < 0) return;
+    if (expert < 0 || item % num_slices() != s) return;
     const Projection projection = kProjections[static_cast<size_t>(item % 3)];
     SourceMatrix matrix = stacked[static_cast<size_t>(projection)];
     const int64_t element = matrix.dtype == SourceDtype::kFp32 ? 4 : 2;
     matrix.data = static_cast<const uint8_t*>(matrix.data) + expert * matrix.n * matrix.k * element;
-    quantize_projection(matrix, config_.method, packed(slot, projection));
+    const ProjectionLayout whole = layout(projection);
+    std::vector<uint8_t> codes(static_cast<size_t>(whole.codes_bytes()));
+    std::vector<uint8_t> index(static_cast<size_t>(whole.index_bytes()));
+    std::vector<uint16_t> scales(static_cast<size_t>(whole.n));
+    quantize_projection(matrix, config_.method, {codes.data(), index.data(), scales.data()});
+    const std::array<const uint8_t*, 3> parts = {codes.data(), index.data(),
+                                                 reinterpret_cast<const uint8_t*>(scales.data())};
+    for (const Slice& slice : slices_)
+      slice.for_each_run(
+          slot, projection, [&](Part part, int64_t from, int64_t bytes, uint8_t* to) {
+            std::memcpy(to, parts[static_cast<size_t>(part)] + from, static_cast<size_t>(bytes));
+          });
   });
-  loaded_ = true;
+  finish(source);
 }
 
 std::shared_ptr<Job> Layer::submit(const void* x, ActivationDtype dtype, int64_t tokens,
                                    const int32_t* ids, const float* weights, const uint8_t* on_gpu,
                                    void* out) {
   if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
-  auto job = std::make_shared<LayerJob>(*this, x, dtype, tokens, ids, weights, on_gpu, out);
+  auto job =
+      std::make_shared<LayerJob>(*this, *engine_, x, dtype, tokens, ids, weights, on_gpu, out);
   engine_->submit(job);
+  job->wait_for_inputs();
   return job;
 }
 

@@ -4,82 +4,38 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "base/buffer.h"
-#include "numa/pool.h"
-#include "targets/kernels.h"
-#include "weights/quantize.h"
+#include "moe/engine.h"
+#include "moe/slice.h"
 
 namespace kt {
 
-struct LayerConfig {
-  int64_t num_experts = 0;
-  int64_t top_k = 0;
-  int64_t hidden_size = 0;
-  int64_t intermediate_size = 0;
-  Method method = Method::kInt4;
-};
-
-enum class Projection : uint8_t { kGate, kUp, kDown };
-constexpr std::array<Projection, 3> kProjections = {Projection::kGate, Projection::kUp,
-                                                    Projection::kDown};
-
 enum class ActivationDtype : uint8_t { kFp32, kBf16 };
 
-class LayerJob;
-
-// Memory that calls of all layers of an engine use in turn; jobs run one after the other.
-struct Scratch {
-  Buffer x_q, x_scales;     // quantised inputs
-  Buffer h, h_q, h_scales;  // intermediate rows of all pairs, float and quantised
-  Buffer out;               // fp32 sums
-  Buffer workspace;         // of each worker in turn
-};
-
-// Worker threads, the target they run and the memory of their jobs; shared by all layers.
-class Engine {
- public:
-  Engine(std::vector<int> cpus, const Kernels& kernels) : kernels(kernels), pool(std::move(cpus)) {}
-
-  // Queues a layer call once the scratch memory suffices for it.
-  void submit(const std::shared_ptr<LayerJob>& job);
-
-  // Memory for a snapshot of inputs, reused between calls.
-  Buffer take_buffer(size_t bytes);
-  void give_buffer(Buffer buffer);
-
-  const Kernels& kernels;
-  Scratch scratch;
-
- private:
-  std::mutex mutex_;
-  std::vector<Buffer> free_buffers_;
-
- public:
-  WorkerPool pool;  // last: its workers end before the memory goes
-};
-
-// Byte offsets in a packed file of the three stacked tensors of one projection.
-struct FileOffsets {
-  int64_t codes = 0;
-  int64_t table_index = 0;
-  int64_t scales = 0;
-};
+// Byte offsets in a packed file of the three stacked tensors of one projection, by Part.
+using FileOffsets = std::array<int64_t, 3>;
 
 class Layer {
  public:
+  // The intermediate size is cut into as many slices as the engine has, in multiples of
+  // kDimMultiple; into fewer where it is too small for that.
   Layer(LayerConfig config, std::shared_ptr<Engine> engine);
   ~Layer();  // waits for its calls
 
   const LayerConfig& config() const { return config_; }
-  ProjectionLayout layout(Projection projection) const;
+  const std::vector<Slice>& slices() const { return slices_; }
+  const uint8_t* tables() const { return tables_.data(); }
+  ProjectionLayout layout(Projection projection) const {
+    return projection_layout(config_, projection, config_.intermediate_size);
+  }
 
   // Reads the experts of a packed file: slot s gets the file's expert source[s], or nothing where
-  // that is -1. `tables` is [256][16], null for int8. All workers read; the file was checked by the
-  // caller. Throws std::runtime_error when the file cannot be read to the end.
+  // that is -1. `tables` is [256][16], null for int8. All workers read, each into its node's
+  // memory; the file was checked by the caller. Throws std::runtime_error when the file cannot be
+  // read to the end.
   void load_file(const std::string& path, const std::array<FileOffsets, 3>& offsets,
                  const int8_t* tables, const std::vector<int64_t>& source);
 
@@ -88,8 +44,8 @@ class Layer {
   void load_matrices(const std::array<SourceMatrix, 3>& stacked,
                      const std::vector<int64_t>& source);
 
-  bool loaded() const { return loaded_; }
-  int64_t weight_bytes() const { return static_cast<int64_t>(weights_.bytes()); }
+  // Bytes of the weights in memory.
+  int64_t weight_bytes() const { return weight_bytes_; }
 
   // Queues out = sum over top-k of weight * expert(x) for `tokens` rows. Takes a copy of x, ids and
   // weights before it returns; `out` [tokens, hidden] must stay until the job has been waited for.
@@ -99,18 +55,16 @@ class Layer {
                               void* out);
 
  private:
-  friend class LayerJob;
-
-  uint8_t* part(int64_t slot, Projection projection) const;
-  Matrix matrix(int64_t slot, Projection projection) const;
-  PackedProjection packed(int64_t slot, Projection projection) const;
+  // Before and after the weights are written.
+  void prepare(const int8_t* tables, const std::vector<int64_t>& source);
+  void finish(const std::vector<int64_t>& source);
+  int num_slices() const { return static_cast<int>(slices_.size()); }
 
   const LayerConfig config_;
   const std::shared_ptr<Engine> engine_;
-  std::array<int64_t, 3> part_offset_{};  // of each projection in a slot
-  int64_t slot_bytes_ = 0;
-  Buffer weights_;
+  std::vector<Slice> slices_;
   Buffer tables_;  // as the target wants them
+  int64_t weight_bytes_ = 0;
   bool loaded_ = false;
 };
 

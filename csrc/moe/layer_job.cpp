@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 namespace kt {
 namespace {
@@ -11,8 +12,6 @@ namespace {
 // register block.
 constexpr int64_t kDownPanels = 2;
 
-size_t element_bytes(ActivationDtype dtype) { return dtype == ActivationDtype::kBf16 ? 2 : 4; }
-
 // Distance of rows in scratch memory, in bytes and in floats: a cache line more than the row, since
 // rows a multiple of 4 KiB apart would all lie in the same set of the cache.
 int64_t row_stride(int64_t width, const Kernels& kernels) {
@@ -20,46 +19,102 @@ int64_t row_stride(int64_t width, const Kernels& kernels) {
 }
 int64_t float_stride(int64_t width) { return width + 16; }
 
-// The part of [0, items) of one worker; parts differ by at most one item.
-std::pair<int64_t, int64_t> share(int64_t items, int worker, int workers) {
-  return {items * worker / workers, items * (worker + 1) / workers};
+// The part of [0, items) of one worker of a group; parts differ by at most one item.
+std::pair<int64_t, int64_t> share(int64_t items, const Worker& worker) {
+  return {items * worker.rank / worker.group_size, items * (worker.rank + 1) / worker.group_size};
+}
+
+void fill(std::vector<std::atomic<int32_t>>& counters, size_t first, size_t count, int64_t value) {
+  for (size_t i = first; i < first + count; ++i)
+    counters[i].store(static_cast<int32_t>(value), std::memory_order_relaxed);
+}
+
+// At least `count` counters; std::vector cannot grow with atomics in it.
+void reserve(std::vector<std::atomic<int32_t>>& counters, size_t count) {
+  if (counters.size() < count) counters = std::vector<std::atomic<int32_t>>(count);
 }
 
 }  // namespace
 
-LayerJob::LayerJob(const Layer& layer, const void* x, ActivationDtype dtype, int64_t tokens,
-                   const int32_t* ids, const float* weights, const uint8_t* on_gpu, void* out)
+LayerJob::LayerJob(const Layer& layer, Engine& engine, const void* x, ActivationDtype dtype,
+                   int64_t tokens, const int32_t* ids, const float* weights, const uint8_t* on_gpu,
+                   void* out)
     : layer_(layer),
-      engine_(layer.engine_),
-      kernels_(engine_->kernels),
-      scratch_(engine_->scratch),
+      engine_(engine),
+      kernels_(engine.kernels),
+      config_(layer.config()),
       dtype_(dtype),
       tokens_(tokens),
-      out_(out) {
-  const LayerConfig& c = layer.config();
-  group_by_expert(ids, weights, tokens, c.top_k, on_gpu, c.num_experts, routing_);
-  const size_t bytes = static_cast<size_t>(tokens * c.hidden_size) * element_bytes(dtype);
-  x_ = engine_->take_buffer(bytes);
-  std::memcpy(x_.data(), x, bytes);
+      x_(x),
+      out_(out),
+      memory_(engine.take_memory()),
+      routing_(memory_->routing) {
+  group_by_expert(ids, weights, tokens, config_.top_k, on_gpu, config_.num_experts, routing_);
+  const size_t experts = routing_.experts.size(), slices = layer.slices().size();
+  const auto column_groups = static_cast<size_t>(
+      (layer.layout(Projection::kDown).panels() + kDownPanels - 1) / kDownPanels);
+  reserve(memory_->slices_left, column_groups);
+  fill(memory_->slices_left, 0, column_groups, static_cast<int64_t>(slices));
+  for (CallMemory::SliceProgress& progress : memory_->progress) {
+    progress.gate_up.reset();
+    progress.down.reset();
+  }
+  if (!few_tokens()) {
+    readers_ = static_cast<uint32_t>(engine.pool.size());
+    return;
+  }
+  reserve(memory_->panels_left, slices * experts);
+  for (size_t s = 0; s < slices; ++s)
+    fill(memory_->panels_left, s * experts, experts,
+         layer.slices()[s].layout(Projection::kGate).panels());
+  one_row_ = tokens == 1 && routing_.pairs() == static_cast<int64_t>(experts);
+  const auto rows = static_cast<size_t>((one_row_ ? 1 : routing_.pairs()) + kRowPadding);
+  memory_->x.reserve(rows * static_cast<size_t>(row_stride(config_.hidden_size, kernels_)));
+  memory_->x_scales.reserve(rows * sizeof(RowScale));
+  for (int64_t t = 0; t < tokens; ++t)
+    quantize_input(t, memory_->x.data(), memory_->x_scales.as<RowScale>());
 }
 
-LayerJob::~LayerJob() { engine_->give_buffer(std::move(x_)); }
+size_t LayerJob::input_bytes() const {
+  return static_cast<size_t>(tokens_ * config_.hidden_size) *
+         (dtype_ == ActivationDtype::kBf16 ? sizeof(uint16_t) : sizeof(float));
+}
+
+void LayerJob::copy_inputs() {
+  if (readers_ == 0) return;
+  memory_->x.reserve(input_bytes());
+  std::memcpy(memory_->x.data(), x_, input_bytes());
+  x_ = memory_->x.data();
+  readers_ = 0;
+}
+
+void LayerJob::wait_for_inputs() const {
+  for (uint32_t left = readers_; left != 0; left = readers_) wait_changed(readers_, left);
+}
 
 template <class F>
 void LayerJob::each_scratch(F f) const {
-  const LayerConfig& c = layer_.config();
   const auto pairs = static_cast<size_t>(routing_.pairs());
   const size_t rows = pairs + kRowPadding;
-  f(scratch_.x_q, rows * static_cast<size_t>(row_stride(c.hidden_size, kernels_)));
-  f(scratch_.x_scales, rows * sizeof(RowScale));
-  f(scratch_.h, pairs * static_cast<size_t>(float_stride(c.intermediate_size)) * sizeof(float));
-  f(scratch_.h_q, rows * static_cast<size_t>(row_stride(c.intermediate_size, kernels_)));
-  f(scratch_.h_scales, rows * sizeof(RowScale));
-  f(scratch_.workspace, static_cast<size_t>(engine_->pool.size() * workspace_bytes()));
-  f(scratch_.out, static_cast<size_t>(tokens_ * float_stride(c.hidden_size)) * sizeof(float));
+  for (size_t s = 0; s < layer_.slices().size(); ++s) {
+    Scratch& scratch = engine_.scratch[s];
+    const int64_t width = layer_.slices()[s].width();
+    if (!few_tokens()) {
+      f(scratch.x_q, rows * static_cast<size_t>(row_stride(config_.hidden_size, kernels_)));
+      f(scratch.x_scales, rows * sizeof(RowScale));
+    }
+    f(scratch.h, pairs * static_cast<size_t>(float_stride(width)) * sizeof(float));
+    f(scratch.h_q, rows * static_cast<size_t>(row_stride(width, kernels_)));
+    f(scratch.h_scales, rows * sizeof(RowScale));
+    f(scratch.out,
+      static_cast<size_t>(tokens_ * float_stride(config_.hidden_size)) * sizeof(float));
+    f(scratch.workspace, static_cast<size_t>(engine_.pool.size() * kernels_.workspace_bytes));
+  }
 }
 
-int64_t LayerJob::workspace_bytes() const { return kernels_.workspace_bytes; }
+uint8_t* LayerJob::workspace(size_t slice, const Worker& worker) const {
+  return engine_.scratch[slice].workspace.data() + worker.index * kernels_.workspace_bytes;
+}
 
 bool LayerJob::fits_scratch() const {
   bool fits = true;
@@ -71,132 +126,187 @@ void LayerJob::grow_scratch() {
   each_scratch([](Buffer& buffer, size_t bytes) { buffer.reserve(bytes); });
 }
 
-void LayerJob::run(int phase, int worker, int workers) {
-  switch (phase) {
-    case 0:
-      return quantize_inputs(worker, workers);
-    case 1:
-      return gate_up(worker, workers);
-    case 2:
-      return quantize_intermediate(worker, workers);
-    case 3:
-      return down(worker, workers);
+Rows LayerJob::inputs(size_t slice, size_t group) const {
+  const Scratch& scratch = engine_.scratch[slice];
+  const Buffer& x_q = few_tokens() ? memory_->x : scratch.x_q;
+  const Buffer& x_scales = few_tokens() ? memory_->x_scales : scratch.x_scales;
+  const int64_t first = one_row_ ? 0 : routing_.begin[group];
+  const int64_t stride = row_stride(config_.hidden_size, kernels_);
+  return {x_q.data() + first * stride, stride, x_scales.as<RowScale>() + first};
+}
+
+Rows LayerJob::intermediate(size_t slice, int64_t first) const {
+  const Scratch& scratch = engine_.scratch[slice];
+  const int64_t stride = row_stride(layer_.slices()[slice].width(), kernels_);
+  return {scratch.h_q.data() + first * stride, stride, scratch.h_scales.as<RowScale>() + first};
+}
+
+float* LayerJob::sums(size_t slice, int64_t row) const {
+  return engine_.scratch[slice].out.as<float>() + row * float_stride(config_.hidden_size);
+}
+
+void LayerJob::run(int phase, const Worker& worker) {
+  const size_t slices = layer_.slices().size();
+  for (auto s = static_cast<size_t>(worker.group); s < slices;
+       s += static_cast<size_t>(worker.groups)) {
+    switch (few_tokens() ? 2 * phase + 1 : phase) {
+      case 0:
+        quantize_inputs(s, worker);
+        break;
+      case 1:
+        gate_up(s, worker);
+        break;
+      case 2: {
+        const auto [begin, end] = share(routing_.pairs(), worker);
+        quantize_intermediate(s, begin, end);
+        break;
+      }
+      case 3:
+        down(s, worker);
+        break;
+    }
+  }
+  if (phase == 0 && readers_ > 0 && --readers_ == 0) readers_.notify_all();
+}
+
+// The token goes into the row of its first pair, and a copy into those of the others: kernels then
+// find the rows of an expert one after the other.
+void LayerJob::quantize_input(int64_t token, uint8_t* rows, RowScale* scales) const {
+  const int64_t width = config_.hidden_size, stride = row_stride(width, kernels_);
+  int64_t first = -1;
+  for (int64_t slot = token * config_.top_k; slot < (token + 1) * config_.top_k; ++slot) {
+    const int64_t pair = one_row_ ? 0 : routing_.pairs_of_token[static_cast<size_t>(slot)];
+    if (pair < 0) continue;
+    uint8_t* q = rows + pair * stride;
+    if (first >= 0) {
+      std::memcpy(q, rows + first * stride, static_cast<size_t>(width * kernels_.activation_bytes));
+      scales[pair] = scales[first];
+      continue;
+    }
+    if (dtype_ == ActivationDtype::kBf16) {
+      kernels_.quantize_bf16(static_cast<const uint16_t*>(x_) + token * width, width, q,
+                             scales + pair);
+    } else {
+      kernels_.quantize_f32(static_cast<const float*>(x_) + token * width, width, q, scales + pair);
+    }
+    if (one_row_) return;
+    first = pair;
   }
 }
 
-// Each token is quantised once, into the place of its first pair, and copied to the others: kernels
-// then find the rows of an expert one after the other.
-void LayerJob::quantize_inputs(int worker, int workers) {
-  const LayerConfig& c = layer_.config();
-  const int64_t stride = row_stride(c.hidden_size, kernels_);
-  RowScale* scales = scratch_.x_scales.as<RowScale>();
-  const auto [begin, end] = share(tokens_, worker, workers);
-  for (int64_t t = begin; t < end; ++t) {
-    const uint8_t* row = nullptr;
-    const RowScale* scale = nullptr;
-    for (int64_t slot = t * c.top_k; slot < (t + 1) * c.top_k; ++slot) {
-      const int64_t pair = routing_.pairs_of_token[static_cast<size_t>(slot)];
-      if (pair < 0) continue;
-      uint8_t* q = scratch_.x_q.data() + pair * stride;
-      if (row != nullptr) {
-        std::memcpy(q, row, static_cast<size_t>(c.hidden_size * kernels_.activation_bytes));
-        scales[pair] = *scale;
-        continue;
-      }
-      if (dtype_ == ActivationDtype::kBf16) {
-        kernels_.quantize_bf16(x_.as<uint16_t>() + t * c.hidden_size, c.hidden_size, q,
-                               scales + pair);
-      } else {
-        kernels_.quantize_f32(x_.as<float>() + t * c.hidden_size, c.hidden_size, q, scales + pair);
-      }
-      row = q;
-      scale = scales + pair;
-    }
-  }
+// Every slice has quantised inputs of its own: the same work on each node costs less than reading
+// them from another.
+void LayerJob::quantize_inputs(size_t slice, const Worker& worker) {
+  const Scratch& scratch = engine_.scratch[slice];
+  const auto [begin, end] = share(tokens_, worker);
+  for (int64_t t = begin; t < end; ++t)
+    quantize_input(t, scratch.x_q.data(), scratch.x_scales.as<RowScale>());
 }
 
 // Tasks are (expert, panel) in memory order. A free thread takes a run of them, long at first and
 // short at the end: long runs are long streams from memory, short ones even out uneven experts and
 // disturbed threads.
-void LayerJob::gate_up(int worker, int workers) {
-  const LayerConfig& c = layer_.config();
-  const int64_t panels = layer_.layout(Projection::kGate).panels();
-  const auto run = c.method == Method::kInt4 ? kernels_.gate_up_int4 : kernels_.gate_up_int8;
-  const int64_t tasks = static_cast<int64_t>(routing_.experts.size()) * panels;
-  const int64_t stride = row_stride(c.hidden_size, kernels_);
-  for (auto [task, end] = next_gate_up_.take(tasks, workers); task < end;
-       std::tie(task, end) = next_gate_up_.take(tasks, workers)) {
+void LayerJob::gate_up(size_t slice, const Worker& worker) {
+  const Slice& part = layer_.slices()[slice];
+  const auto kernel =
+      config_.method == Method::kInt4 ? kernels_.gate_up_int4 : kernels_.gate_up_int8;
+  const int64_t panels = part.layout(Projection::kGate).panels();
+  const auto experts = static_cast<int64_t>(routing_.experts.size());
+  GuidedCounter& next = memory_->progress[slice].gate_up;
+  for (auto [task, end] = next.take(experts * panels, worker.group_size); task < end;
+       std::tie(task, end) = next.take(experts * panels, worker.group_size)) {
     while (task < end) {
       const auto group = static_cast<size_t>(task / panels);
       const int64_t first = routing_.begin[group];
       GateUpTask t;
-      t.gate = layer_.matrix(routing_.experts[group], Projection::kGate);
-      t.up = layer_.matrix(routing_.experts[group], Projection::kUp);
-      t.tables = layer_.tables_.data();
+      t.gate = part.matrix(routing_.experts[group], Projection::kGate);
+      t.up = part.matrix(routing_.experts[group], Projection::kUp);
+      t.tables = layer_.tables();
+      t.x = inputs(slice, group);
+      t.count = routing_.begin[group + 1] - first;
+      t.h_stride = float_stride(part.width());
+      t.h = engine_.scratch[slice].h.as<float>() + first * t.h_stride;
+      t.workspace = workspace(slice, worker);
       t.panel = task % panels;
       t.panels = std::min(panels - t.panel, end - task);
-      t.x = {scratch_.x_q.data() + first * stride, stride,
-             scratch_.x_scales.as<RowScale>() + first};
-      t.count = routing_.begin[group + 1] - first;
-      t.h = scratch_.h.as<float>() + first * float_stride(c.intermediate_size);
-      t.h_stride = float_stride(c.intermediate_size);
-      t.workspace = workspace(worker);
-      run(t);
+      kernel(t);
       task += t.panels;
+      if (!few_tokens()) continue;
+      const auto done = static_cast<int32_t>(t.panels);
+      if (memory_->panels_left[slice * static_cast<size_t>(experts) + group].fetch_sub(
+              done, std::memory_order_acq_rel) == done)
+        quantize_intermediate(slice, first, first + t.count);
     }
   }
 }
 
-void LayerJob::quantize_intermediate(int worker, int workers) {
-  const int64_t width = layer_.config().intermediate_size;
-  const auto [begin, end] = share(routing_.pairs(), worker, workers);
+// A row has a scale in each slice, so slices need not know each other's largest value.
+void LayerJob::quantize_intermediate(size_t slice, int64_t begin, int64_t end) {
+  const Scratch& scratch = engine_.scratch[slice];
+  const int64_t width = layer_.slices()[slice].width();
   for (int64_t i = begin; i < end; ++i)
-    kernels_.quantize_f32(scratch_.h.as<float>() + i * float_stride(width), width,
-                          scratch_.h_q.data() + i * row_stride(width, kernels_),
-                          scratch_.h_scales.as<RowScale>() + i);
+    kernels_.quantize_f32(scratch.h.as<float>() + i * float_stride(width), width,
+                          scratch.h_q.data() + i * row_stride(width, kernels_),
+                          scratch.h_scales.as<RowScale>() + i);
 }
 
 // A task is a group of hidden columns over all experts, in ascending order: each output is summed
-// by one thread in one order, so the result does not depend on the number of threads.
-void LayerJob::down(int worker, int workers) {
-  const LayerConfig& c = layer_.config();
-  const int64_t panels = layer_.layout(Projection::kDown).panels();
-  const auto run = c.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
+// by one thread in one order, so the result does not depend on the number of threads. Whoever is
+// the last of the slices to finish a group of columns adds them up, in the order of slices.
+void LayerJob::down(size_t slice, const Worker& worker) {
+  const Slice& part = layer_.slices()[slice];
+  const auto kernel = config_.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
+  const int64_t panels = part.layout(Projection::kDown).panels();
   const int64_t tasks = (panels + kDownPanels - 1) / kDownPanels;
-  float* sums = scratch_.out.as<float>();
-  const int64_t sums_stride = float_stride(c.hidden_size);
-  for (auto [task, end] = next_down_.take(tasks, workers); task < end;
-       std::tie(task, end) = next_down_.take(tasks, workers)) {
+  GuidedCounter& next = memory_->progress[slice].down;
+  for (auto [task, end] = next.take(tasks, worker.group_size); task < end;
+       std::tie(task, end) = next.take(tasks, worker.group_size)) {
     DownTask t;
     t.panel = task * kDownPanels;
     t.panels = std::min(end * kDownPanels, panels) - t.panel;
-    const int64_t column = t.panel * kPanelRows;
-    const int64_t columns = t.panels * kPanelRows;
+    t.out = sums(slice, 0);
+    t.out_stride = float_stride(config_.hidden_size);
+    t.tables = layer_.tables();
+    t.workspace = workspace(slice, worker);
     for (int64_t row = 0; row < tokens_; ++row)
-      std::fill_n(sums + row * sums_stride + column, columns, 0.0f);
+      std::fill_n(sums(slice, row) + t.panel * kPanelRows, t.panels * kPanelRows, 0.0f);
     for (size_t group = 0; group < routing_.experts.size(); ++group) {
       const int64_t first = routing_.begin[group];
-      t.down = layer_.matrix(routing_.experts[group], Projection::kDown);
-      t.tables = layer_.tables_.data();
-      const int64_t stride = row_stride(c.intermediate_size, kernels_);
-      t.h = {scratch_.h_q.data() + first * stride, stride,
-             scratch_.h_scales.as<RowScale>() + first};
+      t.down = part.matrix(routing_.experts[group], Projection::kDown);
+      t.h = intermediate(slice, first);
       t.tokens = routing_.tokens.data() + first;
       t.weights = routing_.weights.data() + first;
       t.count = routing_.begin[group + 1] - first;
-      t.out = sums;
-      t.out_stride = sums_stride;
-      t.workspace = workspace(worker);
-      run(t);
+      kernel(t);
     }
-    for (int64_t row = 0; row < tokens_; ++row) {
-      const float* from = sums + row * sums_stride + column;
-      const int64_t to = row * c.hidden_size + column;
-      if (dtype_ == ActivationDtype::kBf16) {
-        kernels_.store_bf16(from, columns, static_cast<uint16_t*>(out_) + to);
-      } else {
-        std::copy_n(from, columns, static_cast<float*>(out_) + to);
-      }
+    int64_t complete = task;  // [complete, task) are the last of their slices
+    for (; task < end; ++task) {
+      if (memory_->slices_left[static_cast<size_t>(task)].fetch_sub(1, std::memory_order_acq_rel) ==
+          1)
+        continue;
+      write_columns(complete, task);
+      complete = task + 1;
+    }
+    write_columns(complete, end);
+  }
+}
+
+// The sum over slices of the column groups [begin, end), to the output in its dtype.
+void LayerJob::write_columns(int64_t begin, int64_t end) {
+  const int64_t column = begin * kDownPanels * kPanelRows;
+  const int64_t columns = std::min(end * kDownPanels * kPanelRows, config_.hidden_size) - column;
+  if (columns <= 0) return;
+  for (int64_t row = 0; row < tokens_; ++row) {
+    float* const sum = sums(0, row) + column;
+    for (size_t slice = 1; slice < layer_.slices().size(); ++slice) {
+      const float* const more = sums(slice, row) + column;
+      for (int64_t i = 0; i < columns; ++i) sum[i] += more[i];
+    }
+    const int64_t to = row * config_.hidden_size + column;
+    if (dtype_ == ActivationDtype::kBf16) {
+      kernels_.store_bf16(sum, columns, static_cast<uint16_t*>(out_) + to);
+    } else {
+      std::copy_n(sum, columns, static_cast<float*>(out_) + to);
     }
   }
 }

@@ -1,46 +1,35 @@
-// One call of a layer, in phases over the workers of its pool.
+// One call of a layer, in phases over the workers of its engine.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <utility>
+#include <memory>
 
 #include "moe/layer.h"
-#include "moe/routing.h"
 
 namespace kt {
 
-// Hands out [0, total) in runs of a quarter of each worker's share of what is left, at least one.
-class GuidedCounter {
- public:
-  // The next run [begin, end); empty when all is taken.
-  std::pair<int64_t, int64_t> take(int64_t total, int workers) {
-    int64_t begin = next_.load(std::memory_order_relaxed);
-    while (true) {
-      const int64_t run = std::max<int64_t>(1, (total - begin) / (4 * workers));
-      const int64_t end = std::min(total, begin + run);
-      if (begin >= total) return {total, total};
-      if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
-    }
-  }
-
- private:
-  std::atomic<int64_t> next_{0};
-};
-
 class LayerJob : public Job {
  public:
-  // Copies x and the routing; see Layer::submit.
-  LayerJob(const Layer& layer, const void* x, ActivationDtype dtype, int64_t tokens,
+  // Copies the routing and, if they are few, the inputs; see Layer::submit. `x` must stay until
+  // wait_for_inputs returns.
+  LayerJob(const Layer& layer, Engine& engine, const void* x, ActivationDtype dtype, int64_t tokens,
            const int32_t* ids, const float* weights, const uint8_t* on_gpu, void* out);
 
-  ~LayerJob() override;
+  // Many tokens: inputs to int8 | gate and up | intermediate rows to int8 | down and the sum over
+  // slices. Few: whoever submits quantises the inputs and whoever finishes an expert quantises its
+  // intermediate rows, so only gate and up | down are left.
+  int phases() const override { return few_tokens() ? 2 : 4; }
+  void run(int phase, const Worker& worker) override;
+  void finish() noexcept override { engine_.give_memory(std::move(memory_)); }
 
-  // Inputs to int8 | gate and up of all experts | intermediate rows to int8 | down of all experts,
-  // one group of hidden columns after the other, and the output in its dtype.
-  int phases() const override { return 4; }
-  void run(int phase, int worker, int workers) override;
+  // Waits until the workers have read the caller's inputs.
+  void wait_for_inputs() const;
+
+  // Takes a copy of the inputs, so that nobody has to wait for the workers to read them: before the
+  // job is submitted.
+  void copy_inputs();
+  size_t input_bytes() const;
 
   // Whether the engine's scratch is large enough for this call, and making it so. Growing moves
   // memory that a running job may be using: the pool must be idle.
@@ -48,32 +37,40 @@ class LayerJob : public Job {
   void grow_scratch();
 
  private:
-  void quantize_inputs(int worker, int workers);
-  void gate_up(int worker, int workers);
-  void quantize_intermediate(int worker, int workers);
-  void down(int worker, int workers);
+  static constexpr int64_t kFewTokens = 8;
+  bool few_tokens() const { return tokens_ <= kFewTokens; }
 
-  // Bytes of kernel workspace of one worker, and where one worker's is.
-  int64_t workspace_bytes() const;
-  uint8_t* workspace(int worker) const {
-    return scratch_.workspace.data() + worker * workspace_bytes();
-  }
+  void quantize_input(int64_t token, uint8_t* rows, RowScale* scales) const;
+  void quantize_inputs(size_t slice, const Worker& worker);
+  void gate_up(size_t slice, const Worker& worker);
+  void quantize_intermediate(size_t slice, int64_t begin, int64_t end);
+  void down(size_t slice, const Worker& worker);
+  void write_columns(int64_t begin, int64_t end);
+
+  // The quantised inputs of a group of pairs, one expert's.
+  Rows inputs(size_t slice, size_t group) const;
+  Rows intermediate(size_t slice, int64_t first) const;
+  float* sums(size_t slice, int64_t row) const;
+
+  // A worker's memory for its kernels.
+  uint8_t* workspace(size_t slice, const Worker& worker) const;
 
   // Calls f(buffer, bytes needed) for every scratch buffer.
   template <class F>
   void each_scratch(F f) const;
 
   const Layer& layer_;
-  const std::shared_ptr<Engine> engine_;  // outlives the layer for the destructor
+  Engine& engine_;
   const Kernels& kernels_;
-  Scratch& scratch_;
+  const LayerConfig& config_;
   const ActivationDtype dtype_;
   const int64_t tokens_;
+  const void* x_;
   void* const out_;
-  Buffer x_;
-  Routing routing_;
-  GuidedCounter next_gate_up_;
-  GuidedCounter next_down_;
+  std::unique_ptr<CallMemory> memory_;
+  Routing& routing_;                  // in memory_
+  bool one_row_ = false;              // of input, which all experts share
+  std::atomic<uint32_t> readers_{0};  // workers that have yet to read the caller's inputs
 };
 
 }  // namespace kt

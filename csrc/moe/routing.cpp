@@ -7,7 +7,8 @@ namespace kt {
 void group_by_expert(const int32_t* ids, const float* weights, int64_t tokens, int64_t top_k,
                      const uint8_t* on_gpu, int64_t num_experts, Routing& routing) {
   const int64_t slots = tokens * top_k;
-  std::vector<int64_t> place(static_cast<size_t>(num_experts), 0);  // count, then next position
+  std::vector<int64_t>& place = routing.place;  // count, then next position
+  place.assign(static_cast<size_t>(num_experts), 0);
   for (int64_t i = 0; i < slots; ++i) {
     const int32_t id = ids[i];
     if (id == -1) continue;

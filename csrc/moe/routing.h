@@ -13,6 +13,7 @@ struct Routing {
   std::vector<int32_t> tokens;          // [pairs]
   std::vector<int32_t> pairs_of_token;  // [tokens, top_k] pair of each slot, -1 for a skipped one
   std::vector<float> weights;           // [pairs] routing weight
+  std::vector<int64_t> place;           // [num_experts] for group_by_expert
 
   int64_t pairs() const { return static_cast<int64_t>(tokens.size()); }
 };

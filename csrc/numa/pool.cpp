@@ -3,6 +3,10 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <numeric>
+#include <string>
+#include <system_error>
+
 #include "base/error.h"
 
 namespace kt {
@@ -25,7 +29,14 @@ void pin(std::thread& thread, int cpu) {
   CPU_FREE(set);
 }
 
-// Waits until `word` is no longer `old`.
+int count(const std::vector<std::vector<int>>& cpus) {
+  return std::accumulate(cpus.begin(), cpus.end(), 0, [](int sum, const std::vector<int>& group) {
+    return sum + static_cast<int>(group.size());
+  });
+}
+
+}  // namespace
+
 void wait_changed(const std::atomic<uint32_t>& word, uint32_t old) {
   for (int i = 0; i < kSpins; ++i) {
     if (word.load(std::memory_order_acquire) != old) return;
@@ -34,31 +45,36 @@ void wait_changed(const std::atomic<uint32_t>& word, uint32_t old) {
   while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
 }
 
-}  // namespace
-
-void Barrier::wait() {
-  const uint32_t generation = generation_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.fetch_add(1, std::memory_order_release);
-    generation_.notify_all();
-  } else {
-    wait_changed(generation_, generation);
-  }
-}
-
-WorkerPool::WorkerPool(std::vector<int> cpus)
-    : cpus_(std::move(cpus)), barrier_(static_cast<int>(cpus_.size())) {
+WorkerPool::WorkerPool(std::vector<std::vector<int>> cpus)
+    : cpus_(std::move(cpus)), end_barrier_(count(cpus_)) {
   if (cpus_.empty()) fail_argument("a worker pool needs at least one CPU");
-  threads_.reserve(cpus_.size());
-  for (int i = 0; i < size(); ++i) {
-    threads_.emplace_back([this, i] { work(i); });
-    pthread_setname_np(threads_.back().native_handle(), ("kt-worker-" + std::to_string(i)).c_str());
-    pin(threads_.back(), cpus_[static_cast<size_t>(i)]);
+  for (const std::vector<int>& group : cpus_) {
+    if (group.empty()) fail_argument("a group of workers needs at least one CPU");
+    group_barriers_.emplace_back(static_cast<int>(group.size()));
+  }
+  threads_.reserve(static_cast<size_t>(count(cpus_)));
+  Worker worker{0, 0, 0, 0, static_cast<int>(cpus_.size())};
+  for (const std::vector<int>& group : cpus_) {
+    worker.group_size = static_cast<int>(group.size());
+    for (worker.rank = 0; worker.rank < worker.group_size; ++worker.rank, ++worker.index) {
+      try {
+        threads_.emplace_back([this, worker] { work(worker); });
+      } catch (const std::system_error& error) {
+        stop();
+        fail_runtime("cannot start worker thread ", worker.index + 1, " of ", count(cpus_), ": ",
+                     error.what(), "; raise the limit on processes or use fewer threads");
+      }
+      const std::string name = concat("kt-worker-", worker.index);
+      pthread_setname_np(threads_.back().native_handle(), name.c_str());
+      pin(threads_.back(), group[static_cast<size_t>(worker.rank)]);
+    }
+    ++worker.group;
   }
 }
 
-WorkerPool::~WorkerPool() {
+WorkerPool::~WorkerPool() { stop(); }
+
+void WorkerPool::stop() {
   stopping_.store(true, std::memory_order_release);
   wakeups_.fetch_add(1, std::memory_order_release);
   wakeups_.notify_all();
@@ -67,72 +83,73 @@ WorkerPool::~WorkerPool() {
 
 void WorkerPool::submit(std::shared_ptr<Job> job) {
   {
-    const std::lock_guard lock(mutex_);
-    queue_.push_back(std::move(job));
-    submitted_.fetch_add(1, std::memory_order_release);
+    std::unique_lock lock(mutex_);
+    completion_.wait(lock, [&] { return submitted_.load() - completed_.load() < kMaxJobs; });
+    const uint64_t sequence = submitted_.load();
+    ring_[sequence % kMaxJobs] = std::move(job);
+    submitted_.store(sequence + 1, std::memory_order_release);
   }
   wakeups_.fetch_add(1, std::memory_order_release);
   wakeups_.notify_all();
 }
 
 void WorkerPool::wait(Job& job) {
-  std::unique_lock lock(job.mutex_);
-  job.ended_.wait(lock, [&] { return job.done_; });
+  wait_changed(job.done_, 0);
   if (job.error_) std::rethrow_exception(job.error_);
 }
 
+bool WorkerPool::idle() const { return completed_.load() == submitted_.load(); }
+
 void WorkerPool::drain() {
   std::unique_lock lock(mutex_);
-  idle_.wait(lock, [&] { return queue_.empty(); });
+  completion_.wait(lock, [&] { return idle(); });
 }
 
 // The job of that number, or null once the pool stops and all submitted jobs are done.
-std::shared_ptr<Job> WorkerPool::next_job(uint64_t sequence) {
+Job* WorkerPool::next_job(uint64_t sequence) {
   while (true) {
     const uint32_t seen = wakeups_.load(std::memory_order_acquire);
-    if (sequence < submitted_.load(std::memory_order_acquire)) {
-      const std::lock_guard lock(mutex_);
-      return queue_[sequence - first_];
-    }
+    if (sequence < submitted_.load(std::memory_order_acquire))
+      return ring_[sequence % kMaxJobs].get();
     if (stopping_.load(std::memory_order_acquire)) return nullptr;
     wait_changed(wakeups_, seen);
   }
 }
 
-void WorkerPool::run_job(Job& job, int worker) {
+void WorkerPool::run_job(Job& job, const Worker& worker) {
   for (int phase = 0; phase < job.phases(); ++phase) {
-    if (!job.failed_.load(std::memory_order_acquire)) {
-      try {
-        job.run(phase, worker, size());
-      } catch (...) {
-        const std::lock_guard lock(job.mutex_);
-        if (!job.error_) job.error_ = std::current_exception();
-        job.failed_.store(true, std::memory_order_release);
-      }
+    if (phase > 0) group_barriers_[static_cast<size_t>(worker.group)].wait();
+    if (phase > 0 && job.failed_.load(std::memory_order_acquire)) continue;
+    try {
+      job.run(phase, worker);
+    } catch (...) {
+      const std::lock_guard lock(job.mutex_);
+      if (!job.error_) job.error_ = std::current_exception();
+      job.failed_.store(true, std::memory_order_release);
     }
-    barrier_.wait();
   }
 }
 
-void WorkerPool::work(int worker) {
+void WorkerPool::work(Worker worker) {
   for (uint64_t sequence = 0;; ++sequence) {
-    const std::shared_ptr<Job> job = next_job(sequence);
-    if (!job) return;
+    Job* job = next_job(sequence);
+    if (job == nullptr) return;
     run_job(*job, worker);
-    if (worker != 0) continue;
-    // The last barrier of run_job means that all workers are through; none will ask for it again.
-    {
-      const std::lock_guard lock(mutex_);
-      queue_.pop_front();
-      ++first_;
-      if (queue_.empty()) idle_.notify_all();
-    }
-    {
-      const std::lock_guard lock(job->mutex_);
-      job->done_ = true;
-    }
-    job->ended_.notify_all();
+    end_barrier_.wait([&] { complete(sequence); });
   }
+}
+
+// By the last worker of a job; the others are through with it.
+void WorkerPool::complete(uint64_t sequence) {
+  const std::shared_ptr<Job> job = std::move(ring_[sequence % kMaxJobs]);
+  job->finish();
+  {
+    const std::lock_guard lock(mutex_);
+    completed_.store(sequence + 1);
+  }
+  completion_.notify_all();
+  job->done_.store(1, std::memory_order_release);
+  job->done_.notify_all();
 }
 
 }  // namespace kt

@@ -1,7 +1,9 @@
-// Pinned worker threads that run jobs one after the other. A job is a sequence of phases; every
-// worker runs every phase, and no worker starts a phase before all have ended the one before.
+// Pinned worker threads in groups, one group for each NUMA node, that run jobs one after the other.
+// A job is a sequence of phases; every worker runs every phase, and no worker starts a phase before
+// all of its group have ended the one before. A job ends when all groups have.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -14,69 +16,131 @@
 
 namespace kt {
 
+// A worker's place among the workers of its pool.
+struct Worker {
+  int index;  // among all
+  int group;  // of `groups`
+  int rank;   // among the `group_size` workers of its group
+  int group_size;
+  int groups;
+};
+
 class Job {
  public:
   virtual ~Job() = default;
   virtual int phases() const = 0;
-  // Called by every worker 0..workers-1. An exception ends the job: later phases are skipped and
-  // wait() throws it.
-  virtual void run(int phase, int worker, int workers) = 0;
+  // An exception ends the job: phases that have not begun are skipped and wait() throws it.
+  virtual void run(int phase, const Worker& worker) = 0;
+  // Called by one worker after all phases, well or not, before wait() returns.
+  virtual void finish() noexcept {}
 
  private:
   friend class WorkerPool;
-  std::mutex mutex_;
-  std::condition_variable ended_;
+  std::mutex mutex_;  // of error_
   std::atomic<bool> failed_{false};
   std::exception_ptr error_;
-  bool done_ = false;
+  std::atomic<uint32_t> done_{0};
 };
 
 // Spins briefly, then sleeps on a futex: a phase's end is usually microseconds away, but on a busy
 // machine a worker may be descheduled for milliseconds.
+void wait_changed(const std::atomic<uint32_t>& word, uint32_t old);
+
 class Barrier {
  public:
   explicit Barrier(int count) : count_(count) {}
-  void wait();
+
+  // The last to arrive calls `last` before any of them returns.
+  template <class F>
+  void wait(F last) {
+    const uint32_t generation = generation_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+      arrived_.store(0, std::memory_order_relaxed);
+      last();
+      generation_.fetch_add(1, std::memory_order_release);
+      generation_.notify_all();
+    } else {
+      wait_changed(generation_, generation);
+    }
+  }
+  void wait() {
+    wait([] {});
+  }
 
  private:
   const int count_;
-  std::atomic<int> arrived_{0};
-  std::atomic<uint32_t> generation_{0};
+  // Apart, so that arrivals do not disturb those who spin.
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> generation_{0};
 };
 
 class WorkerPool {
  public:
-  // One worker for each CPU of `cpus`, pinned to it.
-  explicit WorkerPool(std::vector<int> cpus);
+  // One worker for each CPU, pinned to it, in groups as given.
+  explicit WorkerPool(std::vector<std::vector<int>> cpus);
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
-  int size() const { return static_cast<int>(cpus_.size()); }
-  const std::vector<int>& cpus() const { return cpus_; }
+  int size() const { return static_cast<int>(threads_.size()); }
+  int groups() const { return static_cast<int>(cpus_.size()); }
+  const std::vector<std::vector<int>>& cpus() const { return cpus_; }
 
-  // Queues a job and returns at once; jobs run in the order of submission.
+  // Queues a job and returns; jobs run in the order of submission. Waits while kMaxJobs are queued.
   void submit(std::shared_ptr<Job> job);
   // Waits until the job has ended and rethrows what a worker threw.
   static void wait(Job& job);
-  // Waits until every job submitted so far has ended, well or not.
+  // Whether every job submitted so far has ended, well or not; and waiting until that is so.
+  bool idle() const;
   void drain();
 
  private:
-  void work(int worker);
-  std::shared_ptr<Job> next_job(uint64_t sequence);
-  void run_job(Job& job, int worker);
+  static constexpr uint64_t kMaxJobs = 64;
 
-  const std::vector<int> cpus_;
-  Barrier barrier_;
-  std::mutex mutex_;
-  std::deque<std::shared_ptr<Job>> queue_;  // jobs [first_, first_ + size)
-  uint64_t first_ = 0;
-  std::condition_variable idle_;
-  std::atomic<uint64_t> submitted_{0};
+  void work(Worker worker);
+  Job* next_job(uint64_t sequence);
+  void run_job(Job& job, const Worker& worker);
+  void complete(uint64_t sequence);
+  void stop();
+
+  const std::vector<std::vector<int>> cpus_;
+  std::deque<Barrier> group_barriers_;
+  Barrier end_barrier_;
+
+  std::mutex mutex_;  // of submissions and completions; workers take jobs without it
+  std::condition_variable completion_;
+  std::array<std::shared_ptr<Job>, kMaxJobs> ring_;  // job i is at i % kMaxJobs until it has ended
+  alignas(64) std::atomic<uint64_t> submitted_{0};
   std::atomic<uint32_t> wakeups_{0};
   std::atomic<bool> stopping_{false};
+  alignas(64) std::atomic<uint64_t> completed_{0};
   std::vector<std::thread> threads_;
 };
+
+// Calls f(list, item) for all items [0, items) of every list; list l is worked off by the workers
+// of group l % groups, one item at a time. Waits for the end; throws what f threw.
+template <class F>
+void parallel_for(WorkerPool& pool, int lists, int64_t items, F f) {
+  class Each : public Job {
+   public:
+    Each(int lists, int64_t items, F f)
+        : items_(items), f_(std::move(f)), next_(static_cast<size_t>(lists)) {}
+    int phases() const override { return 1; }
+    void run(int, const Worker& worker) override {
+      for (auto list = static_cast<size_t>(worker.group); list < next_.size();
+           list += static_cast<size_t>(worker.groups))
+        for (int64_t i = next_[list]++; i < items_; i = next_[list]++)
+          f_(static_cast<int>(list), i);
+    }
+
+   private:
+    const int64_t items_;
+    const F f_;
+    std::vector<std::atomic<int64_t>> next_;
+  };
+  const auto job = std::make_shared<Each>(lists, items, std::move(f));
+  pool.submit(job);
+  WorkerPool::wait(*job);
+}
 
 }  // namespace kt

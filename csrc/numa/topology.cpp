@@ -67,36 +67,40 @@ std::vector<Cpu> allowed_cpus() {
   }
 }
 
-std::vector<int> choose_cpus(int threads, int pools) {
+std::vector<std::vector<int>> choose_cpus(const std::vector<Cpu>& cpus, int threads, int pools) {
   if (threads < 1) fail_argument("thread count is ", threads, ": expected at least 1");
   if (pools < 1) fail_argument("threadpool count is ", pools, ": expected at least 1");
-  std::vector<Cpu> free = allowed_cpus();
+  std::vector<Cpu> free = cpus;
   std::stable_sort(free.begin(), free.end(),
                    [](const Cpu& a, const Cpu& b) { return a.core_rank < b.core_rank; });
+  threads = std::min(threads, static_cast<int>(free.size()));
+  pools = std::min(pools, threads);
   std::vector<int> nodes;
   for (const Cpu& cpu : free) nodes.push_back(cpu.node);
   std::sort(nodes.begin(), nodes.end());
   nodes.erase(std::unique(nodes.begin(), nodes.end()), nodes.end());
 
-  std::vector<int> chosen;
-  const auto take = [&](size_t index) {
-    chosen.push_back(free[index].id);
-    free.erase(free.begin() + static_cast<std::ptrdiff_t>(index));
+  std::vector<std::vector<int>> chosen(static_cast<size_t>(pools));
+  const auto take = [&](std::vector<int>& group, std::vector<Cpu>::iterator cpu) {
+    group.push_back(cpu->id);
+    free.erase(cpu);
   };
+  int missing = threads;
   for (int pool = 0; pool < pools; ++pool) {
     const int node = nodes[static_cast<size_t>(pool) % nodes.size()];
-    int wanted = threads / pools + (pool < threads % pools ? 1 : 0);
-    for (size_t i = 0; i < free.size() && wanted > 0;) {
-      if (free[i].node == node) {
-        take(i);
-        --wanted;
-      } else {
-        ++i;
-      }
+    for (int i = threads / pools + (pool < threads % pools); i > 0; --i) {
+      const auto cpu = std::find_if(free.begin(), free.end(),
+                                    [&](const Cpu& candidate) { return candidate.node == node; });
+      if (cpu == free.end()) break;
+      take(chosen[static_cast<size_t>(pool)], cpu);
+      --missing;
     }
   }
-  // A node with too few CPUs leaves its share to the others.
-  while (static_cast<int>(chosen.size()) < threads && !free.empty()) take(0);
+  // Where a node has too few, CPUs of others help the smallest group: all have the same work.
+  for (; missing > 0; --missing)
+    take(*std::min_element(chosen.begin(), chosen.end(),
+                           [](const auto& a, const auto& b) { return a.size() < b.size(); }),
+         free.begin());
   return chosen;
 }
 

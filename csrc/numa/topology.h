@@ -14,9 +14,9 @@ struct Cpu {
 // The CPUs of this process's affinity mask (cpuset and taskset included), by id.
 std::vector<Cpu> allowed_cpus();
 
-// `threads` CPUs for `pools` worker groups, group after group: group g takes the g-th NUMA node
-// (modulo the nodes there are), physical cores before hyperthreads. Fewer than `threads` when the
-// process may not use that many: workers never share a CPU.
-std::vector<int> choose_cpus(int threads, int pools);
+// `threads` of the CPUs in `pools` groups: group g takes the g-th NUMA node (modulo the nodes there
+// are), physical cores before hyperthreads. Fewer CPUs where there are not as many, and fewer
+// groups where there are fewer CPUs than groups: workers never share a CPU.
+std::vector<std::vector<int>> choose_cpus(const std::vector<Cpu>& cpus, int threads, int pools);
 
 }  // namespace kt

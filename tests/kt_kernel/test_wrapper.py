@@ -167,7 +167,9 @@ def test_an_error_in_a_worker_reaches_python(tmp_path: Path) -> None:
     """The file shrinks after its header was checked."""
     path = tmp_path / "short"
     path.write_bytes(b"\0" * 100)
-    layer = _ext.Layer(_ext.Engine([_ext.allowed_cpus()[0][0]], "scalar"), 4, 2, 256, 64, "int4")
+    layer = _ext.Layer(
+        _ext.Engine([[_ext.allowed_cpus()[0][0]]], 1, "scalar"), 4, 2, 256, 64, "int4"
+    )
     tables = _ext.int4_tables()
     for _ in range(3):  # and the workers live on
         with pytest.raises(RuntimeError, match=r"short ended at byte 100 with \d+ still expected"):

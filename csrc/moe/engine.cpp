@@ -1,0 +1,92 @@
+#include "moe/engine.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+#include "moe/layer_job.h"
+
+namespace kt {
+namespace {
+
+constexpr size_t kCopiedInputs = size_t{1} << 20;
+
+}  // namespace
+
+std::pair<int64_t, int64_t> GuidedCounter::take(int64_t total, int workers) {
+  int64_t begin = next_.load(std::memory_order_relaxed);
+  while (true) {
+    if (begin >= total) return {total, total};
+    const int64_t run = std::max<int64_t>(1, (total - begin) / (4 * workers));
+    const int64_t end = std::min(total, begin + run);
+    if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
+  }
+}
+
+Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& kernels)
+    : kernels(kernels), scratch(static_cast<size_t>(std::max(slices, 0))), pool(std::move(cpus)) {
+  if (slices < pool.groups())
+    fail_argument("an engine of ", pool.groups(), " groups of workers needs as many slices, not ",
+                  slices);
+}
+
+void Engine::submit(const std::shared_ptr<LayerJob>& job) {
+  const std::lock_guard lock(submit_mutex_);
+  // Workers read many inputs from the caller's memory if they can do so at once; few are copied
+  // sooner than workers are woken and waited for.
+  if (!pool.idle() || job->input_bytes() <= kCopiedInputs) job->copy_inputs();
+  if (!job->fits_scratch()) {
+    pool.drain();
+    job->grow_scratch();
+  }
+  pool.submit(job);
+}
+
+std::unique_ptr<CallMemory> Engine::take_memory() {
+  {
+    const std::lock_guard lock(memory_mutex_);
+    if (!free_memory_.empty()) {
+      std::unique_ptr<CallMemory> memory = std::move(free_memory_.back());
+      free_memory_.pop_back();
+      return memory;
+    }
+  }
+  auto memory = std::make_unique<CallMemory>();
+  memory->progress = std::vector<CallMemory::SliceProgress>(scratch.size());
+  return memory;
+}
+
+void Engine::give_memory(std::unique_ptr<CallMemory> memory) noexcept {
+  const std::lock_guard lock(memory_mutex_);
+  free_memory_.push_back(std::move(memory));
+}
+
+// The smallest that suffices, or the largest to be replaced: no more buffers than are ever in use
+// at once, and none that is too small for long.
+Buffer Engine::take_buffer(size_t bytes) {
+  Buffer buffer;
+  {
+    const std::lock_guard lock(memory_mutex_);
+    auto best = free_buffers_.end();
+    for (auto it = free_buffers_.begin(); it != free_buffers_.end(); ++it) {
+      if (best == free_buffers_.end()) {
+        best = it;
+      } else if (best->bytes() < bytes ? it->bytes() > best->bytes()
+                                       : it->bytes() >= bytes && it->bytes() < best->bytes()) {
+        best = it;
+      }
+    }
+    if (best != free_buffers_.end()) {
+      buffer = std::move(*best);
+      free_buffers_.erase(best);
+    }
+  }
+  buffer.reserve(bytes);
+  return buffer;
+}
+
+void Engine::give_buffer(Buffer buffer) noexcept {
+  const std::lock_guard lock(memory_mutex_);
+  free_buffers_.push_back(std::move(buffer));
+}
+
+}  // namespace kt

@@ -1,0 +1,84 @@
+// What all layers of a process share: the workers, the target they run and the memory of calls.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "base/buffer.h"
+#include "moe/routing.h"
+#include "numa/pool.h"
+#include "targets/kernels.h"
+
+namespace kt {
+
+class LayerJob;
+
+// Hands out [0, total) in runs of a quarter of each worker's share of what is left, at least one.
+class GuidedCounter {
+ public:
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+  // The next run [begin, end); empty when all is taken.
+  std::pair<int64_t, int64_t> take(int64_t total, int workers);
+
+ private:
+  std::atomic<int64_t> next_{0};
+};
+
+// Memory that calls of all layers use in turn, one set for each slice; jobs run one after the
+// other. The workers of a slice are the first to write to it, which places it on their node.
+struct Scratch {
+  Buffer x_q, x_scales;     // quantised inputs
+  Buffer h, h_q, h_scales;  // the slice's part of the intermediate rows, float and quantised
+  Buffer out;               // fp32 sums over the slice's part
+  Buffer workspace;         // of each worker in turn
+};
+
+// What one call needs from its submission to its end, reused by later calls.
+struct CallMemory {
+  struct alignas(64) SliceProgress {
+    GuidedCounter gate_up, down;
+  };
+
+  Routing routing;
+  Buffer x, x_scales;  // the inputs, quantised or as they came
+  std::vector<SliceProgress> progress;
+  std::vector<std::atomic<int32_t>> panels_left;  // [slice, expert] gate and up panels to compute
+  std::vector<std::atomic<int32_t>> slices_left;  // [group of hidden columns] slices to sum
+};
+
+class Engine {
+ public:
+  // Workers on `cpus`, group after group; layers are cut into `slices`. Slice s belongs to the
+  // workers of group s % groups.
+  Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& kernels);
+
+  // Queues a layer call once the scratch memory suffices for it.
+  void submit(const std::shared_ptr<LayerJob>& job);
+
+  std::unique_ptr<CallMemory> take_memory();
+  void give_memory(std::unique_ptr<CallMemory> memory) noexcept;
+
+  // Memory for outputs. Fresh memory would cost a page fault for every 4 KiB of every call.
+  Buffer take_buffer(size_t bytes);
+  void give_buffer(Buffer buffer) noexcept;
+
+  int slices() const { return static_cast<int>(scratch.size()); }
+
+  const Kernels& kernels;
+  std::vector<Scratch> scratch;  // of each slice
+
+ private:
+  std::mutex submit_mutex_;
+  std::mutex memory_mutex_;  // never held while waiting for a job: jobs give memory back
+  std::vector<std::unique_ptr<CallMemory>> free_memory_;
+  std::vector<Buffer> free_buffers_;
+
+ public:
+  WorkerPool pool;  // last: its workers end before the memory goes
+};
+
+}  // namespace kt
