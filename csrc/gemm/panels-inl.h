@@ -195,7 +195,7 @@ inline void for_token_blocks(int64_t count, const F& f) {
 template <int P, bool Int4, class Finish>
 void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint8_t* workspace,
                      const Finish& finish) {
-  if (count <= kDirectTokens) {
+  if (count <= kDirectTokens<Int4>) {
     for_token_blocks(count, DirectBlocks<P, Int4, Finish>{panels, x, finish});
     return;
   }

@@ -12,8 +12,11 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 2;    // 2 panels x 2 tokens x 2 halves = 8 accumulators of 16 registers
-constexpr int kDirectTokens = 2;  // unpacking takes as long as two tokens' products
+constexpr int kTokenBlock = 2;  // 2 panels x 2 tokens x 2 halves = 8 accumulators of 16 registers
+
+// Unpacking takes as long as two tokens' products.
+template <bool Int4>
+constexpr int kDirectTokens = kTokenBlock;
 
 struct Pair {
   __m256i low, high;

@@ -14,8 +14,11 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 4;    // tokens of one register block
-constexpr int kDirectTokens = 4;  // more share unpacked weights
+constexpr int kTokenBlock = 4;  // tokens of one register block
+
+// More tokens of an expert than these share unpacked weights.
+template <bool Int4>
+constexpr int kDirectTokens = kTokenBlock;
 
 struct Weights {
   int8_t v[64];
