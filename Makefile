@@ -125,8 +125,8 @@ docs: venv ## regenerate what is generated: docs/configuration.md and .env.examp
 docs-check: venv ## fail when generated docs are stale
 	$(BIN)/python -m deploy.docs --check
 
-bench: venv ## time one MoE layer beside the machine's read bandwidth
-	$(BIN)/python -m benchmarks.bench_layer
+bench: venv ## time one MoE layer beside the rivals and the machine's limits; QUICK=1: under a minute
+	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick)
 
 ci: lint types docs-check test ## what CI runs
 

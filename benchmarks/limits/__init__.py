@@ -1,0 +1,198 @@
+"""The machine's measured limits: read bandwidth and int8 peak.
+
+    python -m benchmarks.limits [--threads N] [--json FILE]
+
+Every other number of the benchmarks is given as a share of these, measured in the same run. The
+read bandwidth is that of pinned threads passing many times over a buffer that no cache holds; the
+int8 peak is that of register-only loops of each instruction set's product: VPMADDUBSW with VPMADDWD
+(AVX2), VPDPBUSD (AVX-512 VNNI), TDPBSSD (AMX). Both are written in C++ (``probe.cpp``), compiled on
+first use into ``.cache/benchmarks``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, stats
+from benchmarks.errors import BenchmarkError
+
+SOURCE = Path(__file__).with_name("probe.cpp")
+CACHE = Path(__file__).parents[2] / ".cache" / "benchmarks"
+PREBUILT_NAME = "libprobe.so"
+
+_MIN_BUFFER = 1 << 30
+_CACHES_TO_EXCEED = 6  # times the last-level cache: what stays cached of it is then little
+_STREAMS = (1, 2, 4)  # sequential streams of each thread; which is fastest differs by machine
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A rate measured many times: its best, its median and the spread (see ``stats.spread``)."""
+
+    best: float
+    median: float
+    spread: float
+
+    @classmethod
+    def of(cls, rates: list[float]) -> Measured:
+        return cls(max(rates), stats.median(rates), stats.spread(rates))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits with ``threads`` pinned threads: reads in GB/s, int8 in GOP/s by instruction set."""
+
+    threads: int
+    read: Measured
+    int8: dict[str, Measured]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Limits:
+        int8 = {name: Measured(**rate) for name, rate in data["int8"].items()}
+        return cls(data["threads"], Measured(**data["read"]), int8)
+
+    @property
+    def peak(self) -> tuple[str, float]:
+        """The fastest instruction set and its best GOP/s."""
+        name = max(self.int8, key=lambda isa: self.int8[isa].best)
+        return name, self.int8[name].best
+
+
+def compile_probe(output: Path) -> None:
+    """Compile ``probe.cpp`` into the shared library ``output``.
+
+    Raises:
+        BenchmarkError: no C++ compiler, or it refused the source.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        raise BenchmarkError(
+            "no C++ compiler found to build the limits' probe: install g++, or pass --rivals-dir "
+            "with a folder made by 'python -m benchmarks.rivals prepare', which holds it built"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as folder:
+        built = Path(folder) / output.name
+        # The C++ runtime inside, so that the library runs on machines other than this one.
+        flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-pthread", "-static-libstdc++"]
+        command = [compiler, *flags, "-static-libgcc", "-o", str(built), str(SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BenchmarkError(f"{compiler} cannot compile {SOURCE.name}:\n{done.stderr}")
+        built.rename(output)
+
+
+@functools.cache
+def _probe(prebuilt: Path | None) -> ctypes.CDLL:
+    """The compiled probe: ``prebuilt`` if given, else the cached one, compiled if need be."""
+    path = prebuilt
+    if path is None:
+        digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
+        path = CACHE / f"probe-{digest}.so"
+        if not path.exists():
+            compile_probe(path)
+    library = ctypes.CDLL(str(path))
+    library.probe_isa_name.restype = ctypes.c_char_p
+    library.probe_read.restype = ctypes.c_int64
+    library.probe_read.argtypes = [
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_double),
+    ]
+    library.probe_products.restype = ctypes.c_double
+    library.probe_products.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_double),
+    ]
+    return library
+
+
+def _cpus(threads: int) -> Any:
+    cpus = machine.allowed_cpus()
+    if not 1 <= threads <= len(cpus):
+        raise BenchmarkError(
+            f"{threads} threads asked for: expected 1 to {len(cpus)}, the CPUs this process may use"
+        )
+    return (ctypes.c_int * threads)(*cpus[:threads])
+
+
+def _pinned(result: float, threads: int) -> float:
+    if result < 0:
+        raise BenchmarkError(f"cannot pin {threads} threads: the process's CPU set changed")
+    return result
+
+
+def read_bandwidth(threads: int, seconds: float, prebuilt: Path | None = None) -> Measured:
+    """GB/s of reading memory with ``threads`` pinned threads, for about ``seconds``.
+
+    The number of streams with the best median is measured; its passes are what is returned.
+
+    Raises:
+        BenchmarkError: more threads than CPUs, or too little memory for the buffer.
+    """
+    probe, cpus = _probe(prebuilt), _cpus(threads)
+    size = max(_MIN_BUFFER, _CACHES_TO_EXCEED * machine.last_level_cache_bytes())
+
+    def rates(streams: int, passes: int) -> list[float]:
+        times = (ctypes.c_double * passes)()
+        found = _pinned(probe.probe_read(cpus, threads, size, streams, passes, times), threads)
+        if not found:
+            raise BenchmarkError(
+                f"cannot read a buffer of {size / 1e9:.1f} GB: expected that much free memory and "
+                "a CPU with AVX2"
+            )
+        return [found / t / 1e9 for t in times]
+
+    tried = {streams: rates(streams, 4) for streams in _STREAMS}
+    streams = max(tried, key=lambda s: stats.median(tried[s]))
+    passes = max(8, int(seconds * stats.median(tried[streams]) * 1e9 / size))
+    return Measured.of(rates(streams, passes))
+
+
+def int8_peaks(threads: int, seconds: float, prebuilt: Path | None = None) -> dict[str, Measured]:
+    """GOP/s of int8 products of every instruction set that runs here, about ``seconds`` for each.
+
+    A product and its addition are two operations.
+
+    Raises:
+        BenchmarkError: more threads than CPUs.
+    """
+    probe, cpus = _probe(prebuilt), _cpus(threads)
+    peaks: dict[str, Measured] = {}
+    index = 0
+    while (name := probe.probe_isa_name(index)) is not None:
+        if probe.probe_isa_supported(index):
+            repeats = 10
+            times = (ctypes.c_double * repeats)()
+            probe.probe_products(index, cpus, threads, 100_000, repeats, times)  # warm up, size
+            rounds = max(1000, int(100_000 * seconds / repeats / min(times)))
+            found = probe.probe_products(index, cpus, threads, rounds, repeats, times)
+            operations = _pinned(found, threads)
+            peaks[name.decode()] = Measured.of([operations / t / 1e9 for t in times])
+        index += 1
+    return peaks
+
+
+def measure(threads: int, seconds: float = 2.0, prebuilt: Path | None = None) -> Limits:
+    """Both limits with ``threads`` threads; ``seconds`` for reads, a quarter for each peak."""
+    read = read_bandwidth(threads, seconds, prebuilt)
+    return Limits(threads, read, int8_peaks(threads, seconds / 4, prebuilt))

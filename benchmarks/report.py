@@ -1,0 +1,207 @@
+"""Results of ``bench_moe`` as Markdown: docs/performance.md's tables are made by this.
+
+    python -m benchmarks.report FILE.json ...     print the tables
+    python -m benchmarks.report --write           renew docs/performance.md and its plots
+
+In the document, what stands between ``<!-- results NAME -->`` and ``<!-- end -->`` is the rendering
+of docs/performance/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.limits import Limits
+from benchmarks.plot import roofline
+
+SCHEMA = 1
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "docs" / "performance"
+
+#: Up to this many tokens a call is held against the read bandwidth, above it against the peak.
+_MOST_DECODE_TOKENS = 32
+_ISA_NAMES = {"avx2": "AVX2", "avx512_vnni": "AVX-512 VNNI", "amx": "AMX"}
+
+Json = dict[str, Any]
+
+
+def load(path: Path) -> Json:
+    """A result file.
+
+    Raises:
+        BenchmarkError: it is missing, not JSON, or not a result of this version.
+    """
+    try:
+        result = json.loads(path.read_text())
+    except OSError as error:
+        raise BenchmarkError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise BenchmarkError(f"{path} is not JSON: expected a file of bench_moe --json") from None
+    found = result.get("schema") if isinstance(result, dict) else None
+    if found != SCHEMA:
+        raise BenchmarkError(
+            f"{path} has schema {found}, expected {SCHEMA}: run bench_moe --json again"
+        )
+    return result
+
+
+def render(results: Sequence[Json]) -> str:
+    """Markdown of results, one section of tables for each run."""
+    return "\n\n".join(_render_result(result) for result in results)
+
+
+def _render_result(result: Json) -> str:
+    machine = result["machine"]
+    cache = machine["last_level_cache_bytes"] / 2**20
+    lines = [
+        f"{machine['cpu']}, {machine['cpus']} CPUs, last-level cache {cache:.0f} MiB, Linux "
+        f"{machine['kernel']}; {result['experts']} experts; {result['date']}.",
+        "",
+        f"    {result['command']}",
+    ]
+    if result["quick"]:
+        lines += ["", "A quick run: too short and too small to quote."]
+    for run in result["runs"]:
+        lines += ["", *_render_run(run)]
+    return "\n".join(lines)
+
+
+def _render_run(run: Json) -> list[str]:
+    measured = Limits.from_json(run["limits"])
+    tokens = sorted({cell["tokens"] for row in run["engines"] for cell in row.get("cells", [])})
+    peaks = "; ".join(
+        f"{_ISA_NAMES.get(isa, isa)} int8 {_number(rate.best)} GOP/s"
+        for isa, rate in measured.int8.items()
+    )
+    count = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    lines = [
+        f"**{count}.** Limits measured in the same run: reads {measured.read.best:.1f} GB/s "
+        f"(median {measured.read.median:.1f}); {peaks}.",
+        "",
+    ]
+    rows = [row for row in run["engines"] if row.get("cells")]
+    head = ["engine", *(_tokens(t) for t in tokens), "bits", "error Gaussian / t5"]
+    body = []
+    for row in rows:
+        cells = {cell["tokens"]: cell for cell in row["cells"]}
+        found = [_cell(cells.get(t), measured) for t in tokens]
+        body.append([_bold(row, row["label"]), *found, f"{row['bits']:.2f}", _error(row)])
+    lines += _table(head, body)
+    compared = [
+        row
+        for row in rows
+        if not _is_ours(row) and any("ratio to ours" in cell for cell in row["cells"])
+    ]
+    if compared:
+        lines += ["", "Time over ours of the same bits, pair by pair (2.0: ours is twice as fast):"]
+        body = []
+        for row in compared:
+            ratios = {cell["tokens"]: cell.get("ratio to ours") for cell in row["cells"]}
+            shown = [f"{ratios[t]:.2f}" if ratios.get(t) else "" for t in tokens]
+            body.append([row["label"], *shown])
+        lines += ["", *_table(["engine", *(_tokens(t) for t in tokens)], body)]
+    lines += ["", "What ran:", ""]
+    for row in run["engines"]:
+        what = row.get("runs_on", "")
+        version = f" {row['version']}" if row.get("version") else ""
+        if row.get("unavailable"):
+            what = f"**not measured**: {row['unavailable']}"
+        lines.append(f"- {row['label']}{version}: {what}")
+    return lines
+
+
+def _is_ours(row: Json) -> bool:
+    return row["key"].startswith("ours-")
+
+
+def _bold(row: Json, text: str) -> str:
+    return f"**{text}**" if _is_ours(row) else text
+
+
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, none of them behind the point from 100 on."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _cell(cell: Json | None, measured: Limits) -> str:
+    if cell is None:
+        return ""
+    milliseconds = f"{_number(cell['ms'])} ms"
+    if cell["tokens"] <= _MOST_DECODE_TOKENS:
+        return f"{milliseconds}, {cell['weights GB/s'] / measured.read.best:.0%}"
+    share = cell["GOP/s"] / measured.peak[1]
+    return f"{milliseconds}, {_number(cell['GOP/s'])} GOP/s, {share:.0%}"
+
+
+def _error(row: Json) -> str:
+    error = row.get("error")
+    return f"{error['gaussian']:.3f} / {error['t5']:.3f}" if error else ""
+
+
+def _table(head: list[str], body: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
+
+
+_MARKED = re.compile(r"(<!-- results ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(document: str, results: Path) -> str:
+    """``document`` with the rendering of each marked result file of the folder ``results``."""
+
+    def section(found: re.Match[str]) -> str:
+        path = results / f"{found[2]}.json"
+        if not path.exists():
+            text = "*Not measured yet.*"
+        else:
+            text = render([load(path)])
+            text += f"\n\n![Roofline]({results.name}/{found[2]}.png)"
+        return f"{found[1]}\n{text}\n\n{found[4]}"
+
+    return _MARKED.sub(section, document)
+
+
+def _write() -> None:
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(), RESULTS))
+    for path in sorted(RESULTS.glob("*.json")):
+        result = load(path)
+        roofline(result["machine"], result["runs"][0], path.with_suffix(".png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description="Render results of bench_moe."
+    )
+    parser.add_argument("files", type=Path, nargs="*", metavar="FILE.json")
+    parser.add_argument("--plot", type=Path, help="write a roofline of the first file's first run")
+    parser.add_argument("--write", action="store_true", help="renew docs/performance.md")
+    args = parser.parse_args()
+    if not args.write and not args.files:
+        parser.error("give result files, or --write")
+    try:
+        if args.write:
+            _write()
+        results = [load(path) for path in args.files]
+    except BenchmarkError as error:
+        sys.exit(f"error: {error}")
+    if results:
+        print(render(results))
+        if args.plot:
+            roofline(results[0]["machine"], results[0]["runs"][0], args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The engines that ours is measured against, each in a folder of its own.
+
+    python -m benchmarks.rivals prepare [--python-version 3.12] [--output DIR]
+
+- ``kt-kernel`` (upstream's, from PyPI): its wheel's extension modules, unpacked. It is a package
+  called ``kt_kernel``, as ours is, so the two never meet in one process.
+- ``ggml`` (llama.cpp's kernels): compiled from the source package of ``llama-cpp-python``.
+
+The folder needs no network where it is used, and both are built for many CPUs, so it may be copied
+to another x86-64 machine with the Python version it was prepared for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.limits import CACHE, PREBUILT_NAME
+
+MANIFEST = "rivals.json"
+
+
+def default_folder(python_version: str | None = None) -> Path:
+    """Where rivals for a Python version (this one by default) are kept, outside of git."""
+    return CACHE / f"rivals-{python_version or this_python()}"
+
+
+def this_python() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """A prepared folder.
+
+    Args:
+        folder: the folder, absolute.
+        versions: name of the package -> version.
+    """
+
+    folder: Path
+    versions: dict[str, str]
+
+    @property
+    def kt_kernel(self) -> Path:
+        return self.folder / "kt-kernel"
+
+    @property
+    def ggml(self) -> Path:
+        return self.folder / "ggml"
+
+    @property
+    def probe(self) -> Path:
+        return self.folder / PREBUILT_NAME
+
+    @classmethod
+    def open(cls, folder: Path) -> Rivals:
+        """Open a prepared folder.
+
+        Raises:
+            BenchmarkError: no such folder, or one for another Python version.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BenchmarkError(
+                f"{folder} holds no {MANIFEST}: make it with "
+                f"'python -m benchmarks.rivals prepare --output {folder}'"
+            )
+        manifest = json.loads(path.read_text())
+        if manifest["python"] != this_python():
+            raise BenchmarkError(
+                f"{folder} was prepared for Python {manifest['python']}, this is {this_python()}: "
+                f"prepare another with --python-version {this_python()}"
+            )
+        return cls(folder.resolve(), manifest["versions"])
