@@ -39,7 +39,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in
-	for name in bootstrap run dev build; do \
+	for name in bootstrap run dev build bench; do \
 	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
 
@@ -114,7 +114,7 @@ lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
 	$(BIN)/hadolint Dockerfile tests/docker/prometheus.Dockerfile
 	$(BIN)/shellcheck .ci/run docker/*.sh
 	$(BIN)/yamllint --strict docker-compose.yml compose tests/docker .hadolint.yaml .yamllint.yaml
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'benchmarks/*.cpp')
 
 types: venv ## mypy
 	$(BIN)/mypy
@@ -125,8 +125,15 @@ docs: venv ## regenerate what is generated: docs/configuration.md and .env.examp
 docs-check: venv ## fail when generated docs are stale
 	$(BIN)/python -m deploy.docs --check
 
-bench: venv ## time one MoE layer beside the rivals and the machine's limits; QUICK=1: under a minute
-	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick)
+# What the benchmarks need on top of .venv: the tools that build a rival, and plots.
+$(VENV)/.bench: requirements/bench.txt $(VENV)/.installed
+	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/bench.txt
+	touch $@
+
+bench: venv $(VENV)/.bench ## time one MoE layer beside rivals and the machine's limits; QUICK=1: a minute
+	mkdir -p .cache/benchmarks
+	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick) \
+	  --json .cache/benchmarks/moe.json --plot .cache/benchmarks/moe.png
 
 ci: lint types docs-check test ## what CI runs
 

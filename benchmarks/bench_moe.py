@@ -29,16 +29,15 @@ from typing import Any
 from benchmarks import limits, machine, report, stats
 from benchmarks.engines import ENGINES, EngineSpec
 from benchmarks.errors import BenchmarkError
-from benchmarks.layer_inputs import write_checks, write_sources
+from benchmarks.layer_inputs import CHECK_TOKENS, write_checks, write_sources
 from benchmarks.plot import roofline
 from benchmarks.rivals import Rivals, default_folder
-from benchmarks.worker_process import Worker, WorkerFailed
+from benchmarks.worker_process import WORKERS, Worker, WorkerFailed
 from benchmarks.workers.protocol import EXPERT_WEIGHTS, TOP_K
 
 TOKENS = (1, 8, 32, 128, 512)
 _CALLS = 20  # of one engine in one round, at most
 _ANSWER_SECONDS = 240.0
-_LONGEST_CALL = 15.0  # seconds; an engine that would take longer is not asked
 _WRONG = 0.8  # error above which an output has little to do with the layer
 
 
@@ -51,6 +50,7 @@ class Plan:
     rounds: int
     seconds: float
     limit_seconds: float
+    longest_call: float  # seconds; an engine that would take longer is not asked
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     sources: Path,
     checks: dict[str, list[Path]],
 ) -> dict[str, Any]:
-    """All engines with ``threads`` threads; the "run" of the results (docs/performance.md)."""
+    """Limits and all engines with ``threads`` threads, as one entry of the results' "runs"."""
     probe = rivals.probe if rivals else None
     before = limits.measure(threads, plan.limit_seconds, probe)
     workers: dict[str, Worker] = {}
@@ -105,7 +105,7 @@ def _start(
         "rival": spec.folder(rivals) if spec.package and rivals else "",
     }
     log = sources / f"{spec.key}.log"
-    return Worker(spec.worker, job, log, _ANSWER_SECONDS)
+    return Worker(WORKERS / f"{spec.worker}.py", job, log, _ANSWER_SECONDS)
 
 
 def _errors(worker: Worker, checks: dict[str, list[Path]]) -> dict[str, float]:
@@ -141,7 +141,8 @@ def _time_rounds(
             continue
         done = by_key[spec.key].get("cells", [])
         expected = done[-1]["ms"] / 1e3 * tokens / done[-1]["tokens"] if done else 0.0
-        if expected > _LONGEST_CALL:
+        if expected > plan.longest_call:
+            by_key[spec.key].setdefault("too slow", {})[str(tokens)] = expected
             _say(f"{spec.label}: {tokens} tokens left out, they would take {expected:.0f} s")
         else:
             asked.append(spec)
@@ -151,11 +152,10 @@ def _time_rounds(
         for spec in asked[shift:] + asked[:shift]:
             if spec.key not in workers:
                 continue
-            budget = (
-                {"seconds": plan.seconds, "calls": _CALLS} if number else {"seconds": 0, "calls": 1}
-            )
+            seconds, calls = (plan.seconds, _CALLS) if number else (0.0, 1)
+            request = {"time": tokens, "seed": 1000 * tokens + number}
             try:
-                answer = workers[spec.key].ask(time=tokens, seed=1000 * tokens + number, **budget)
+                answer = workers[spec.key].ask(**request, seconds=seconds, calls=calls)
             except WorkerFailed as why:
                 workers.pop(spec.key)
                 by_key[spec.key]["unavailable"] = str(why)
@@ -169,7 +169,8 @@ def _time_rounds(
         if key not in workers:
             continue
         milliseconds = stats.median(times)
-        read = stats.median(distinct[key]) * EXPERT_WEIGHTS * row["bits"] / 8
+        experts = stats.median(distinct[key]) if "error" in row else 1  # the dense product has one
+        read = experts * EXPERT_WEIGHTS * row["bits"] / 8
         cell = {
             "tokens": tokens,
             "ms": milliseconds,
@@ -228,6 +229,7 @@ def _parse() -> argparse.Namespace:
         rounds=args.rounds or (2 if quick else 5),
         seconds=args.seconds or (0.1 if quick else 0.4),
         limit_seconds=0.3 if quick else 2.0,
+        longest_call=1.5 if quick else 8.0,
     )
     return args
 
@@ -264,7 +266,12 @@ def main() -> None:
     try:
         _check_arguments(args)
         rivals = _rivals(args)
-        engines = [s for s in ENGINES if not args.engines or s.key in args.engines]
+        engines = [
+            spec
+            for spec in ENGINES
+            if spec.min_tokens <= max(args.plan.tokens)
+            and (not args.engines or spec.key in args.engines)
+        ]
         result: dict[str, Any] = {
             "schema": report.SCHEMA,
             "date": time.strftime("%Y-%m-%d"),
@@ -276,8 +283,9 @@ def main() -> None:
         }
         with tempfile.TemporaryDirectory(prefix="bench-moe-") as folder:
             sources = Path(folder)
-            write_sources(sources)
-            checks = write_checks(sources, args.plan.experts)
+            write_sources(sources, each=1 if args.quick else 2)
+            sizes = CHECK_TOKENS[: 1 if args.quick else None]
+            checks = write_checks(sources, args.plan.experts, sizes)
             for threads in args.threads:
                 found = run(threads, engines, args.plan, rivals, sources, checks)
                 result["runs"].append(found)

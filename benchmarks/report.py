@@ -92,7 +92,7 @@ def _render_run(run: Json) -> list[str]:
     body = []
     for row in rows:
         cells = {cell["tokens"]: cell for cell in row["cells"]}
-        found = [_cell(cells.get(t), measured) for t in tokens]
+        found = [_cell(cells[t], measured) if t in cells else _too_slow(row, t) for t in tokens]
         body.append([_bold(row, row["label"]), *found, f"{row['bits']:.2f}", _error(row)])
     lines += _table(head, body)
     compared = [
@@ -137,14 +137,17 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def _cell(cell: Json | None, measured: Limits) -> str:
-    if cell is None:
-        return ""
+def _cell(cell: Json, measured: Limits) -> str:
     milliseconds = f"{_number(cell['ms'])} ms"
     if cell["tokens"] <= _MOST_DECODE_TOKENS:
         return f"{milliseconds}, {cell['weights GB/s'] / measured.read.best:.0%}"
     share = cell["GOP/s"] / measured.peak[1]
     return f"{milliseconds}, {_number(cell['GOP/s'])} GOP/s, {share:.0%}"
+
+
+def _too_slow(row: Json, tokens: int) -> str:
+    seconds = row.get("too slow", {}).get(str(tokens))
+    return f"(about {seconds:.0f} s)" if seconds else ""
 
 
 def _error(row: Json) -> str:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 WORKERS = Path(__file__).parent / "workers"
@@ -26,14 +25,14 @@ class Worker:
     some engines' threads poll for ever and would take the cores from the one being timed.
 
     Args:
-        script: name of the script in ``workers``.
+        script: a script of ``WORKERS``.
         job: its ``Job``, as a dictionary.
         log: file that gets what the engine prints.
         timeout: seconds for any answer.
     """
 
-    def __init__(self, script: str, job: dict[str, Any], log: Path, timeout: float) -> None:
-        command = [sys.executable, str(WORKERS / f"{script}.py"), json.dumps(job)]
+    def __init__(self, script: Path, job: dict[str, Any], log: Path, timeout: float) -> None:
+        command = [sys.executable, str(script), json.dumps(job)]
         self._log = log
         self._timeout = timeout
         with log.open("w") as errors:
@@ -82,6 +81,8 @@ class Worker:
                     raise WorkerFailed(f"no answer within {self._timeout:.0f} s")
                 data = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not data:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        self._process.wait(5)  # it is ending by itself, and its status says how
                     self.close()
                     raise WorkerFailed(self._why_it_died())
                 self._buffer += data
@@ -105,14 +106,3 @@ class Worker:
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

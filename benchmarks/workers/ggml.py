@@ -15,7 +15,6 @@ from protocol import (
     HIDDEN,
     INTERMEDIATE,
     PROJECTIONS,
-    SOURCES,
     TOP_K,
     Bf16,
     Call,
@@ -39,10 +38,9 @@ class Ggml:
         self._bytes = 0
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for index, projection in enumerate(PROJECTIONS):
-                parts = list(
-                    pool.map(lambda i, p=projection: self._quantise(job, p, i), range(SOURCES))
-                )
-                everyone = np.stack([parts[e % SOURCES] for e in range(job.experts)])
+                tasks = [(job, projection, source) for source in range(job.num_sources)]
+                parts = list(pool.map(self._quantise, *zip(*tasks, strict=True)))
+                everyone = np.stack([parts[e % len(parts)] for e in range(job.experts)])
                 self._bytes += parts[0].nbytes
                 self._library.layer_set(self._layer, index, everyone.ctypes.data, everyone.nbytes)
 

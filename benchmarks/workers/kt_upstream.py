@@ -16,7 +16,6 @@ from protocol import (
     HIDDEN,
     INTERMEDIATE,
     PROJECTIONS,
-    SOURCES,
     TOP_K,
     Bf16,
     Call,
@@ -100,7 +99,7 @@ def _load_extension(folder: Path) -> tuple[Any, str]:
 
 def _tiled(parts: list[NDArray], experts: int) -> NDArray:
     """[experts, ...] with a copy of its own for each expert."""
-    return np.stack([parts[e % SOURCES] for e in range(experts)])
+    return np.stack([parts[e % len(parts)] for e in range(experts)])
 
 
 def _fill_bf16(config: Any, job: Job) -> list[NDArray]:
@@ -116,7 +115,7 @@ def _fill_bf16(config: Any, job: Job) -> list[NDArray]:
 def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray]:
     held = []
     for projection in PROJECTIONS:
-        parts = [quantise(job.source_floats(projection, i)) for i in range(SOURCES)]
+        parts = [quantise(job.source_floats(projection, i)) for i in range(job.num_sources)]
         codes = _tiled([p[0] for p in parts], job.experts)
         scales = _tiled([p[1] for p in parts], job.experts)
         setattr(config, f"{projection}_projs", [[c.ctypes.data for c in codes]])

@@ -16,7 +16,6 @@ from protocol import (
     HIDDEN,
     INTERMEDIATE,
     PROJECTIONS,
-    SOURCES,
     TOP_K,
     Bf16,
     Call,
@@ -79,7 +78,7 @@ def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
         weight = np.ascontiguousarray(job.source(projection)[index])
         return _ext.quantize_projection(weight, "bf16", None, layout.method)
 
-    wanted = [(projection, index) for projection in PROJECTIONS for index in range(SOURCES)]
+    wanted = [(projection, index) for projection in PROJECTIONS for index in range(job.num_sources)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         parts = dict(zip(wanted, pool.map(lambda key: pack(*key), wanted), strict=True))
     entries, begin = {}, 0
@@ -96,7 +95,7 @@ def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
                 continue
             projection, part = name.split(".")
             for expert in range(job.experts):
-                file.write(parts[projection, expert % SOURCES][part].tobytes())
+                file.write(parts[projection, expert % job.num_sources][part].tobytes())
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ process holds only the rival.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,9 +32,6 @@ HIDDEN, INTERMEDIATE, TOP_K = 7168, 2048, 8
 #: Weights of one expert: gate, up and down.
 EXPERT_WEIGHTS = 3 * HIDDEN * INTERMEDIATE
 PROJECTIONS = ("gate", "up", "down")
-#: Different experts that the layer's experts are copies of; speed does not depend on the values,
-#: and drawing and quantising all of them would take most of the benchmark's time.
-SOURCES = 4
 
 Floats = NDArray[np.float32]
 Bf16 = NDArray[np.uint16]
@@ -49,9 +48,11 @@ class Job:
     Args:
         method: the engine's name for the format of the weights.
         threads: compute threads.
-        experts: experts of the layer; expert ``e`` is a copy of source ``e % SOURCES``.
+        experts: experts of the layer.
         max_tokens: tokens of the largest call.
-        sources: folder of ``gate.npy``, ``up.npy`` and ``down.npy``, bf16 bits [SOURCES, N, K].
+        sources: folder of ``gate.npy``, ``up.npy`` and ``down.npy``, bf16 bits [S, N, K]. Expert
+            ``e`` is a copy of source ``e % S``: speed does not depend on the values, and drawing
+            and quantising all experts would take most of the benchmark's time.
         rival: folder of the rival's files, empty for our own engine.
     """
 
@@ -63,8 +64,12 @@ class Job:
     rival: str = ""
 
     def source(self, projection: str) -> Bf16:
-        """bf16 bits [SOURCES, N, K] of one projection, mapped from the file."""
+        """bf16 bits [S, N, K] of one projection, mapped from the file."""
         return np.load(Path(self.sources) / f"{projection}.npy", mmap_mode="r")
+
+    @property
+    def num_sources(self) -> int:
+        return len(self.source("gate"))
 
     def source_floats(self, projection: str, index: int) -> Floats:
         """float [N, K] of one source expert's projection."""
@@ -116,6 +121,9 @@ def relative_error(output: Floats, expected: Floats) -> float:
 
 def serve(load: Callable[[Job], Engine]) -> None:
     """Load the engine of the job in ``sys.argv`` and answer until standard input ends."""
+    # A stopped process sees no end of input: the kernel has to end it with the benchmark.
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not mix with the answers
 

@@ -1,0 +1,80 @@
+"""The compiled probe and what is made of its times."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from benchmarks import limits, machine
+from benchmarks.errors import BenchmarkError
+from benchmarks.limits import Limits, Measured
+
+
+@pytest.fixture(scope="module")
+def probe():
+    return limits._probe(None)
+
+
+def one_cpu():
+    return (ctypes.c_int * 1)(machine.allowed_cpus()[0])
+
+
+def names(probe) -> list[str]:
+    found = []
+    while (name := probe.probe_isa_name(len(found))) is not None:
+        found.append(name.decode())
+    return found
+
+
+def test_every_instruction_set_runs_or_says_that_it_cannot(probe):
+    """The loops are assembly: a wrong one would kill the process or count too little."""
+    flags = machine._read(machine.Path("/proc/cpuinfo"))
+    flag = {"avx2": "avx2", "avx512_vnni": "avx512_vnni", "amx": "amx_int8"}
+    assert names(probe) == list(flag)
+    operations = {"avx2": 12 * 64, "avx512_vnni": 12 * 128, "amx": 6 * 2 * 16 * 16 * 64}
+    for index, name in enumerate(names(probe)):
+        times = (ctypes.c_double * 2)()
+        found = probe.probe_products(index, one_cpu(), 1, 1000, 2, times)
+        if f" {flag[name]} " in flags.replace("\n", " "):
+            assert found == 1000 * operations[name]
+            assert min(times) > 0
+        else:
+            assert found == 0
+
+
+def test_every_pass_of_a_read_is_timed_and_counts_what_it_reads(probe):
+    seconds = (ctypes.c_double * 5)()
+    # Parts are whole huge pages: 7 MiB are read as 6.
+    assert probe.probe_read(one_cpu(), 1, 7 << 20, 4, 5, seconds) == 6 << 20
+    assert min(seconds) > 0
+
+
+def test_more_threads_than_cpus_are_refused():
+    count = len(machine.allowed_cpus())
+    with pytest.raises(
+        BenchmarkError, match=f"{count + 1} threads asked for: expected 1 to {count}"
+    ):
+        limits.int8_peaks(count + 1, 0.01)
+
+
+def test_no_compiler_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BenchmarkError, match=r"install g\+\+"):
+        limits.compile_probe(tmp_path / "probe.so")
+
+
+def test_a_compiler_that_fails_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(BenchmarkError, match="false cannot compile"):
+        limits.compile_probe(tmp_path / "probe.so")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_limits_survive_json_and_know_their_peak():
+    rates = {"avx2": Measured(300.0, 290.0, 0.01), "amx": Measured(4000.0, 3900.0, 0.02)}
+    found = Limits(2, Measured.of([30.0, 31.0, 29.0]), rates)
+    assert found.read == Measured(31.0, 30.0, pytest.approx(1 / 30))
+    assert Limits.from_json(found.to_json()) == found
+    assert found.peak == ("amx", 4000.0)

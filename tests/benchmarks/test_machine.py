@@ -1,0 +1,35 @@
+"""What is read about the machine."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from benchmarks import machine
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0", [0]), ("0,4-6", [0, 4, 5, 6]), ("2-3,8", [2, 3, 8]), ("", [])]
+)
+def test_cpu_list(text: str, cpus: list[int]):
+    assert machine.parse_cpu_list(text) == cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("32768K", 32 << 20), ("307200K", 300 << 20), ("1G", 1 << 30), ("?", 0)]
+)
+def test_size(text: str, size: int):
+    assert machine.parse_size(text) == size
+
+
+def test_second_hyperthreads_come_last(monkeypatch, tmp_path):
+    for cpu, siblings in ((0, "0,2"), (1, "1,3"), (2, "0,2"), (3, "1,3")):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(siblings + "\n")
+    monkeypatch.setattr(machine, "_SYS_CPU", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 2, 1, 0})
+    assert machine.allowed_cpus() == [0, 1, 2, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 3})
+    assert machine.allowed_cpus() == [0, 2, 3]

@@ -1,0 +1,58 @@
+"""Folders of rivals: the right Python, the pinned versions, and a clear word when there is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import rivals
+from benchmarks.engines import ENGINES
+from benchmarks.errors import BenchmarkError
+from benchmarks.rivals import Rivals, prepare
+from benchmarks.worker_process import WORKERS
+
+
+def test_versions_come_from_the_requirements():
+    found = prepare.pinned_versions()
+    assert set(found) == {spec.package for spec in ENGINES if spec.package}
+    for name, version in found.items():
+        text = (prepare.REQUIREMENTS / f"{name}.txt").read_text()
+        assert text.startswith(f"{name}=={version} ")
+        assert "--hash=sha256:" in text
+
+
+def test_a_folder_for_another_python_is_refused(tmp_path):
+    manifest = {"python": "3.9", "versions": prepare.pinned_versions()}
+    (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BenchmarkError, match=r"for Python 3\.9, this is"):
+        Rivals.open(tmp_path)
+
+
+def test_a_folder_that_was_not_prepared_is_refused(tmp_path):
+    with pytest.raises(BenchmarkError, match=r"python -m benchmarks\.rivals prepare --output"):
+        Rivals.open(tmp_path)
+
+
+def test_nothing_is_prepared_twice(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(prepare, "prepare", lambda folder, version: made.append(version))
+    prepare.ensure(tmp_path)
+    assert made == [rivals.this_python()]
+    manifest = {"python": rivals.this_python(), "versions": prepare.pinned_versions()}
+    (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
+    prepare.ensure(tmp_path)
+    assert len(made) == 1
+    # Versions that were pinned anew are fetched.
+    manifest["versions"] = manifest["versions"] | {"kt-kernel": "0.0.1"}
+    (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
+    prepare.ensure(tmp_path)
+    assert len(made) == 2
+
+
+def test_engines_have_workers_and_a_class_that_ours_is_in():
+    keys = [spec.key for spec in ENGINES]
+    assert len(set(keys)) == len(keys)
+    for spec in ENGINES:
+        assert (WORKERS / f"{spec.worker}.py").is_file()
+        assert f"ours-int{spec.bits}" in keys
