@@ -35,10 +35,8 @@ class Upstream:
         if "avx2" not in Path("/proc/cpuinfo").read_text():
             raise Unavailable("the wheel needs AVX2")
         extension, self._build = _load_extension(Path(job.rival))
-        name, fill, self._bits = _METHODS[job.method]
-        found = [n for n in (f"AMX{name}_MOE", f"AVX2{name}_MOE") if hasattr(extension.moe, n)]
-        if name == "RawInt4":  # its AMX class has another name
-            found = [n for n in ("AMXInt4_KGroup_MOE",) if hasattr(extension.moe, n)] + found
+        classes, fill, self._bits = _METHODS[job.method]
+        found = [name for name in classes if hasattr(extension.moe, name)]
         if not found:
             raise Unavailable(
                 f"{job.method} is not in the wheel's {self._build} build, the one for this CPU"
@@ -72,15 +70,13 @@ class Upstream:
         output = np.empty_like(x)
         tokens = np.array([len(x)], np.int32)
         ids, weights, x = (np.ascontiguousarray(a) for a in (ids, weights, x))
-        addresses = [a.ctypes.data for a in (ids, weights, x, output)]
 
         def run() -> None:
+            addresses = [a.ctypes.data for a in (ids, weights, x, output)]
             self._cpu.submit(self._moe.forward_task(tokens.ctypes.data, TOP_K, *addresses, False))
             self._cpu.sync()
 
-        # The tuple keeps what the addresses point to.
-        held = (ids, weights, x)
-        return Call(run=run, result=lambda: from_bf16(output) if held else output)
+        return Call(run=run, result=lambda: from_bf16(output))
 
 
 def _load_extension(folder: Path) -> tuple[Any, str]:
@@ -160,12 +156,14 @@ def _quantise_fp8(weights: Floats) -> tuple[NDArray, NDArray]:
     return codes.contiguous().numpy(), scale.reshape(n // 128, k // 128).contiguous().numpy()
 
 
-# method -> the class's name without its prefix, how to fill in the weights, bits of a weight
+_ROW_SCALES = 32 * (2 / HIDDEN + 1 / INTERMEDIATE) / 3  # bits of fp32 scales, one for each row
+
+# method -> its classes, the first that the build has is used; how to fill in the weights; bits
 _METHODS = {
-    "AMXINT4": ("Int4", _fill_bf16, 4.0 + 32 * (2 / HIDDEN + 1 / INTERMEDIATE) / 3),
-    "AMXINT8": ("Int8", _fill_bf16, 8.0 + 32 * (2 / HIDDEN + 1 / INTERMEDIATE) / 3),
-    "RAWINT4": ("RawInt4", _fill_int4, 4.0 + 16 / _INT4_GROUP),
-    "FP8": ("FP8", _fill_fp8, 8.0 + 32 / _FP8_BLOCK**2),
+    "AMXINT4": (("AMXInt4_MOE",), _fill_bf16, 4 + _ROW_SCALES),
+    "AMXINT8": (("AMXInt8_MOE",), _fill_bf16, 8 + _ROW_SCALES),
+    "RAWINT4": (("AMXInt4_KGroup_MOE", "AVX2RawInt4_MOE"), _fill_int4, 4 + 16 / _INT4_GROUP),
+    "FP8": (("AMXFP8_MOE", "AVX2FP8_MOE"), _fill_fp8, 8 + 32 / _FP8_BLOCK**2),
 }
 
 
