@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 
+from deploy.limits import huge_page_mode
+from deploy.machine import read_cpu_quota
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
 
@@ -28,7 +31,8 @@ def shared_engine(threads: int, pools: int) -> _ext.Engine:
     """The engine of that many threads in ``pools`` groups, one group for each NUMA node.
 
     Threads are pinned to the CPUs that this process may use, physical cores first, and never share
-    one: more threads than CPUs would make each phase wait for the slowest time slice. Layers are
+    one: more threads than CPUs, or than a control group's quota pays for, would make each phase
+    wait for the slowest time slice. There are fewer threads then, and a warning says so. Layers are
     cut into ``pools`` slices, also where there are fewer threads than that.
 
     Raises:
@@ -42,14 +46,34 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
     for name, value in (("cpuinfer_threads", threads), ("threadpool_count", pools)):
         if value < 1:
             raise UserError(f"{name} is {value}: expected at least 1")
-    groups = _ext.choose_cpus(_ext.allowed_cpus(), threads, pools)
-    found = sum(len(group) for group in groups)
-    if found < threads:
+    cpus = _ext.allowed_cpus()
+    quota = read_cpu_quota()
+    granted = len(cpus) if quota is None else max(1, min(len(cpus), math.floor(quota)))
+    groups = _ext.choose_cpus(cpus, min(threads, granted), pools)
+    running = sum(len(group) for group in groups)
+    cores = sum(rank == 0 for _, _, rank in cpus)
+    if running < threads:
+        limit = "" if granted == len(cpus) else f" with a control group's quota of {quota:g}"
         logger.warning(
-            "kt_kernel: --kt-cpuinfer asks for %d threads, %d CPUs may be used: running %d",
+            "kt_kernel: --kt-cpuinfer asks for %d threads; this process may use %d CPUs%s: running "
+            "%d",
             threads,
-            found,
-            found,
+            len(cpus),
+            limit,
+            running,
         )
-    logger.info("kt_kernel: target %s, %d threads on CPUs %s", target, found, groups)
+    if running > cores:
+        logger.warning(
+            "kt_kernel: %d threads on %d physical cores: two threads of a core share its units; "
+            "%d threads would be as fast",
+            running,
+            cores,
+            cores,
+        )
+    if huge_page_mode() == "never":
+        logger.warning(
+            "kt_kernel: transparent huge pages are off, which costs an address lookup every few "
+            "rows of weights: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
+        )
+    logger.info("kt_kernel: target %s, %d threads on CPUs %s", target, running, groups)
     return _ext.Engine(groups, pools, target)

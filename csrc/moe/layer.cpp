@@ -29,8 +29,7 @@ class File {
       const ssize_t got = pread(fd_, out, static_cast<size_t>(bytes), offset);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) fail_runtime("cannot read ", path_, ": ", std::strerror(errno));
-      if (got == 0)
-        fail_runtime(path_, " ended at byte ", offset, " with ", bytes, " still expected");
+      if (got == 0) fail_runtime(path_, " ends before byte ", offset + bytes, ": it is truncated");
       out += got;
       offset += got;
       bytes -= got;

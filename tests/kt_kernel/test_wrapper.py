@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kt_kernel import KTMoEWrapper, _ext
+from kt_kernel import KTMoEWrapper
 from kt_kernel.errors import UserError
 from tests import reference
 from tests.kt_kernel.files import LAYOUTS, write_layer
@@ -161,19 +161,6 @@ def test_bad_calls() -> None:
 def test_forward_before_weights_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the layer has no weights: call load_weights first"):
         KTMoEWrapper(**ARGUMENTS).forward(*random_batch(SHAPE, 1), 0)
-
-
-def test_an_error_in_a_worker_reaches_python(tmp_path: Path) -> None:
-    """The file shrinks after its header was checked."""
-    path = tmp_path / "short"
-    path.write_bytes(b"\0" * 100)
-    layer = _ext.Layer(
-        _ext.Engine([[_ext.allowed_cpus()[0][0]]], 1, "scalar"), 4, 2, 256, 64, "int4"
-    )
-    tables = _ext.int4_tables()
-    for _ in range(3):  # and the workers live on
-        with pytest.raises(RuntimeError, match=r"short ended at byte 100 with \d+ still expected"):
-            layer.load_file(str(path), [[0, 0, 0]] * 3, tables, [0, 1, 2, 3])
 
 
 def test_deferral_is_announced_and_exact(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,147 @@
+"""The workers: where they run, how many there are, and what they do when there is nothing to do."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kt_kernel import _ext, engine
+from tests.layers import RandomLayer, random_batch
+from tests.shapes import LAYERS
+
+CPUS = [cpu for cpu, _, _ in _ext.allowed_cpus()]
+
+
+def topology(nodes: int, cores: int, threads: int = 2) -> list[tuple[int, int, int]]:
+    """(CPU, node, rank) as Linux numbers them: first the first thread of every core."""
+    return [
+        (rank * nodes * cores + node * cores + core, node, rank)
+        for rank in range(threads)
+        for node in range(nodes)
+        for core in range(cores)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "pools", "groups"),
+    [
+        (topology(2, 4), 8, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (topology(2, 4), 5, 2, [[0, 1, 2], [4, 5]]),
+        # Hyperthreads only when there are no cores left.
+        (topology(2, 2), 6, 2, [[0, 1, 4], [2, 3, 6]]),
+        (topology(1, 4), 4, 2, [[0, 1], [2, 3]]),
+        (topology(2, 2), 2, 1, [[0, 1]]),
+        (topology(2, 2, 1), 4, 1, [[0, 1, 2, 3]]),
+        # A CPU set that has little of a node: others help its group.
+        ([(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 1, 0)], 5, 2, [[0, 1, 2], [4, 3]]),
+        # No more workers than CPUs, no more groups than workers.
+        (topology(2, 1, 1), 9, 2, [[0], [1]]),
+        (topology(2, 1, 1), 9, 3, [[0], [1]]),
+        (topology(2, 4), 1, 2, [[0]]),
+    ],
+)
+def test_choice_of_cpus(
+    cpus: list[tuple[int, int, int]], threads: int, pools: int, groups: list[list[int]]
+) -> None:
+    assert _ext.choose_cpus(cpus, threads, pools) == groups
+
+
+def make_engine(threads: int, pools: int = 1) -> _ext.Engine:
+    """A new one, whatever there is in the cache."""
+    return engine._engine.__wrapped__(threads, pools, "scalar")
+
+
+def test_too_many_threads_are_refused_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    found = make_engine(1000)
+    assert sorted(cpu for group in found.cpus for cpu in group) == CPUS
+    expected = f"asks for 1000 threads; this process may use {len(CPUS)} CPUs: running {len(CPUS)}"
+    assert expected in caplog.text
+
+
+def test_a_quota_limits_the_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "read_cpu_quota", lambda: 1.5)
+    assert [len(group) for group in make_engine(len(CPUS) + 1, 2).cpus] == [1]
+    assert ("with a control group's quota of 1.5: running 1" in caplog.text) == (len(CPUS) > 1)
+
+
+def test_hyperthreads_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_ext, "allowed_cpus", lambda: [(CPUS[0], 0, 0), (CPUS[-1], 0, 1)])
+    make_engine(1)
+    assert caplog.text == ""
+    make_engine(2)
+    assert "2 threads on 1 physical cores: two threads of a core share its units" in caplog.text
+
+
+def test_no_huge_pages_are_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine, "huge_page_mode", lambda: "never")
+    make_engine(1)
+    assert "transparent huge pages are off" in caplog.text
+
+
+def workers() -> dict[str, tuple[str, str]]:
+    """Task id -> (name, CPUs it may run on) of this process's workers."""
+    found = {}
+    for task in Path("/proc/self/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name.startswith("kt-worker-"):
+            status = dict(
+                line.split(":\t", 1) for line in (task / "status").open() if ":\t" in line
+            )
+            found[task.name] = (name, status["Cpus_allowed_list"].strip())
+    return found
+
+
+def test_workers_are_named_pinned_and_end_with_their_engine() -> None:
+    before = workers()
+    pinned = [[CPUS[0]], [CPUS[-1], CPUS[0]]]
+    found = _ext.Engine(pinned, 2, "scalar")
+    new = {task: worker for task, worker in workers().items() if task not in before}
+    assert sorted(new.values()) == [
+        ("kt-worker-0", f"{CPUS[0]}"),
+        ("kt-worker-1", f"{CPUS[-1]}"),
+        ("kt-worker-2", f"{CPUS[0]}"),
+    ]
+    del found
+    assert workers() == before
+
+
+def test_idle_workers_take_no_cpu_time() -> None:
+    wrapper = RandomLayer(LAYERS[0]).wrapper("AMXINT4")
+    wrapper.forward(*random_batch(LAYERS[0], 10), 0)
+    time.sleep(0.1)  # they spin a little before they sleep
+    before = time.process_time()
+    time.sleep(2)
+    assert time.process_time() - before < 0.02
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_an_error_in_a_worker_reaches_python(tmp_path: Path, slices: int) -> None:
+    """The file shrinks after its header was checked; the workers live on."""
+    path = tmp_path / "short"
+    path.write_bytes(b"\0" * 100)
+    e, k, h, i = LAYERS[0]
+    groups = [[CPUS[0]]] * slices
+    layer = _ext.Layer(_ext.Engine(groups, slices, "scalar"), e, k, h, i, "int4")
+    everything = list(range(e))
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match=r"short ends before byte \d+"):
+            layer.load_file(str(path), [[0, 0, 0]] * 3, _ext.int4_tables(), everything)
+    random = RandomLayer(LAYERS[0])
+    x, ids, weights = random_batch(LAYERS[0], 5)
+    want = random.wrapper("AMXINT4", threadpool_count=slices).forward(x, ids, weights, 0)
+    tensors = (random.gate, random.up, random.down)
+    layer.load_matrices([tensor.data_ptr() for tensor in tensors], "bf16", everything)
+    found, on_gpu = torch.empty_like(x), torch.zeros(e, dtype=torch.bool)
+    pointers = [tensor.data_ptr() for tensor in (ids, weights, on_gpu, found)]
+    layer.submit(x.data_ptr(), "fp32", 5, *pointers).wait()
+    assert torch.equal(found, want)
