@@ -7,6 +7,7 @@ The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import torch
 from kt_kernel import _ext, packed
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
+from kt_kernel.loading import load_progress
 
 logger = logging.getLogger(__name__)
 
@@ -174,13 +176,15 @@ class KTMoEWrapper:
             for name in packed.PROJECTIONS
         ]
         sources = self._sources(physical_to_logical_map_cpu)
-        self._layer.load_file(str(path), offsets, tables, sources)
-        logger.info(
-            "kt_kernel: layer %d: %d experts on the CPU, %.1f MB",
-            self.layer_idx,
-            sum(source >= 0 for source in sources),
-            self._layer.weight_bytes / 1e6,
+        started = time.monotonic()
+        try:
+            self._layer.load_file(str(path), offsets, tables, sources)
+        except RuntimeError as error:
+            raise UserError(f"layer {self.layer_idx}: {error}") from None
+        line = load_progress(path.parent).line(
+            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
         )
+        logger.info("kt_kernel: %s", line)
 
     def load_weights_from_tensors(
         self,

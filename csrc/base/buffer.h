@@ -35,11 +35,20 @@ class Buffer {
     // A small buffer gains nothing from a huge page, and zeroing one costs more than its use.
     const size_t page = bytes < 2 * kHugePage ? kSmallPage : kHugePage;
     const size_t rounded = (bytes + page - 1) / page * page;
-    void* memory =
-        mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) fail_runtime("out of memory: ", rounded, " bytes were refused");
-    // Advice only: a refusal costs speed, not results.
-    if (page == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);
+    // The system aligns to small pages: a huge page more leaves room for a start on one.
+    const size_t slack = page == kHugePage ? kHugePage : 0;
+    void* mapped =
+        mmap(nullptr, rounded + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) fail_runtime("out of memory: ", rounded, " bytes were refused");
+    auto* memory = static_cast<uint8_t*>(mapped);
+    if (slack > 0) {
+      const size_t before = -reinterpret_cast<uintptr_t>(memory) % kHugePage;
+      if (before > 0) munmap(memory, before);
+      memory += before;
+      if (slack > before) munmap(memory + rounded, slack - before);
+      // Advice only: a refusal costs speed, not results.
+      madvise(memory, rounded, MADV_HUGEPAGE);
+    }
     fresh.data_ = memory;
     fresh.bytes_ = rounded;
     swap(fresh);

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -19,6 +20,8 @@ class File {
   explicit File(const std::string& path)
       : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (fd_ < 0) fail_runtime("cannot open ", path_, ": ", std::strerror(errno));
+    // Many threads read in many places: what lies ahead is asked for explicitly.
+    posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
   }
   ~File() { close(fd_); }
   File(const File&) = delete;
@@ -36,9 +39,36 @@ class File {
     }
   }
 
+  // Starts to fetch a range into the page cache. Drops it from there, but for pages that it shares
+  // with its neighbours; `bytes` 0 means to the end.
+  void fetch(int64_t offset, int64_t bytes) const {
+    posix_fadvise(fd_, offset, bytes, POSIX_FADV_WILLNEED);
+  }
+  void drop(int64_t offset, int64_t bytes) const {
+    posix_fadvise(fd_, offset, bytes, POSIX_FADV_DONTNEED);
+  }
+
  private:
   const std::string path_;
   const int fd_;
+};
+
+// Reads runs of ascending offsets, with the disk kept busy ahead of them.
+class Reader {
+ public:
+  explicit Reader(const File& file) : file_(file) {}
+  void read_at(int64_t offset, int64_t bytes, uint8_t* out) {
+    for (fetched_ = std::max(fetched_, offset); fetched_ < offset + bytes + kAhead;
+         fetched_ += kFetch)
+      file_.fetch(fetched_, kFetch);
+    file_.read_at(offset, bytes, out);
+  }
+
+ private:
+  static constexpr int64_t kFetch = 128 << 10;  // what Linux reads ahead at most, by default
+  static constexpr int64_t kAhead = 4 * kFetch;
+  const File& file_;
+  int64_t fetched_ = 0;
 };
 
 void check_source(const std::vector<int64_t>& source, int64_t num_experts) {
@@ -89,6 +119,9 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
                       const int8_t* tables, const std::vector<int64_t>& source) {
   prepare(tables, source);
   const File file(path);
+  // Slices that have yet to read a projection of an expert; the last lets go of the page cache.
+  std::vector<std::atomic<int>> readers(static_cast<size_t>(config_.num_experts * 3));
+  for (std::atomic<int>& left : readers) left = num_slices();
   parallel_for(engine_->pool, num_slices(), config_.num_experts * 3, [&](int s, int64_t item) {
     const int64_t slot = item / 3;
     const int64_t expert = source[static_cast<size_t>(slot)];
@@ -97,13 +130,19 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
     const ProjectionLayout whole = layout(projection);
     const std::array<int64_t, 3> part_bytes = {whole.codes_bytes(), whole.index_bytes(),
                                                whole.scales_bytes()};
+    const auto start = [&](size_t part) {
+      return offsets[static_cast<size_t>(projection)][part] + expert * part_bytes[part];
+    };
+    Reader reader(file);
     slices_[static_cast<size_t>(s)].for_each_run(
         slot, projection, [&](Part part, int64_t from, int64_t bytes, uint8_t* to) {
-          const auto i = static_cast<size_t>(part);
-          const int64_t start = offsets[static_cast<size_t>(projection)][i];
-          file.read_at(start + expert * part_bytes[i] + from, bytes, to);
+          reader.read_at(start(static_cast<size_t>(part)) + from, bytes, to);
         });
+    if (--readers[static_cast<size_t>(item)] > 0) return;
+    for (size_t part = 0; part < part_bytes.size(); ++part)
+      if (part_bytes[part] > 0) file.drop(start(part), part_bytes[part]);
   });
+  file.drop(0, 0);
   finish(source);
 }
 

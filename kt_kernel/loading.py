@@ -1,0 +1,58 @@
+"""How far the loading of a model's layers is, in one line for each layer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+from kt_kernel import packed
+
+
+class LoadProgress:
+    """Counts the layers that one process loads from one folder.
+
+    Args:
+        total: layers of the model; 0 if unknown.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done: set[int] = set()
+        self._first = 0.0
+
+    def line(self, layer_idx: int, nbytes: int, started: float, ended: float) -> str:
+        """Note that a layer has been loaded and say so.
+
+        Args:
+            layer_idx: index of the decoder layer.
+            nbytes: of its weights in memory.
+            started, ended: seconds on a monotonic clock.
+        """
+        if not self.done:
+            self._first = started
+        self.done.add(layer_idx)
+        seconds = max(ended - started, 1e-9)
+        text = f"layer {layer_idx}: {len(self.done)}"
+        if self.total:
+            text += f" of {self.total}"
+        text += f", {nbytes / 1e9:.1f} GB in {seconds:.1f} s, {nbytes / seconds / 1e9:.1f} GB/s"
+        left = self.total - len(self.done)
+        if left > 0:
+            # Other work between the layers counts: it will take place between those to come, too.
+            text += f", ETA {(ended - self._first) / len(self.done) * left:.0f} s"
+        return text
+
+
+@functools.cache
+def load_progress(folder: Path) -> LoadProgress:
+    """The progress of this process's layers from a folder of packed weights."""
+    return LoadProgress(_layers_of(folder / packed.MANIFEST_NAME))
+
+
+def _layers_of(manifest: Path) -> int:
+    """MoE layers that a manifest names; 0 if it cannot tell, since loading needs no manifest."""
+    try:
+        return len(json.loads(manifest.read_bytes())["model"]["moe_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,119 @@
+"""Reading layer files: what it costs in memory, and what it says about its progress."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import mmap
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.bench_layer import write_random_layer
+from kt_kernel import KTMoEWrapper, packed
+from kt_kernel.errors import UserError
+from kt_kernel.loading import LoadProgress
+from tests.kt_kernel.files import LAYOUTS, write_layer
+
+
+def test_progress_lines() -> None:
+    progress = LoadProgress(58)
+    line = progress.line(3, 5_900_000_000, 100.0, 102.1)
+    assert line == "layer 3: 1 of 58, 5.9 GB in 2.1 s, 2.8 GB/s, ETA 120 s"
+    # A second between the layers is part of the time to come.
+    line = progress.line(4, 5_900_000_000, 103.1, 104.2)
+    assert line == "layer 4: 2 of 58, 5.9 GB in 1.1 s, 5.4 GB/s, ETA 118 s"
+    # A layer that is loaded again (a new expert map) is no progress.
+    assert "layer 4: 2 of 58, " in progress.line(4, 1, 104.2, 104.3)
+    for layer in range(5, 61):
+        line = progress.line(layer, 5_800_000_000, 110.0, 112.0)
+    assert line == "layer 60: 58 of 58, 5.8 GB in 2.0 s, 2.9 GB/s"
+    assert LoadProgress(0).line(7, 10**9, 1.0, 2.0) == "layer 7: 1, 1.0 GB in 1.0 s, 1.0 GB/s"
+
+
+def wrapper_of(folder: Path, layout: packed.PackedLayout, layer_idx: int = 0, **more):
+    return KTMoEWrapper(
+        layer_idx=layer_idx,
+        num_experts=layout.num_experts,
+        num_experts_per_tok=2,
+        hidden_size=layout.hidden_size,
+        moe_intermediate_size=layout.intermediate_size,
+        cpuinfer_threads=2,
+        weight_path=str(folder),
+        method=f"AMX{layout.method.upper()}",
+        **more,
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "total"),
+    [
+        (json.dumps({"model": {"moe_layers": [3, 4, 5]}}), "1 of 3"),
+        (None, "1,"),
+        ("{", "1,"),
+        ("[]", "1,"),
+    ],
+)
+def test_progress_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, manifest: str | None, total: str
+) -> None:
+    write_layer(tmp_path, LAYOUTS["int4"], 3)
+    if manifest is not None:
+        (tmp_path / packed.MANIFEST_NAME).write_text(manifest)
+    with caplog.at_level(logging.INFO, "kt_kernel"):
+        wrapper_of(tmp_path, LAYOUTS["int4"], 3).load_weights(torch.arange(4))
+    assert f"kt_kernel: layer 3: {total}" in caplog.text
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+
+
+def cached_pages(path: Path) -> int:
+    """Pages of a file in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        view = np.frombuffer(mapped, np.uint8)
+        pages = (len(view) + 4095) // 4096
+        resident = (ctypes.c_ubyte * pages)()
+        address = ctypes.c_void_p(view.ctypes.data)
+        assert libc.mincore(address, ctypes.c_size_t(len(view)), resident) == 0
+        del view
+        return sum(byte & 1 for byte in resident)
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_weights_are_in_memory_once(tmp_path: Path, slices: int) -> None:
+    """What loading adds is the weights, in the process; the page cache keeps nothing of the file.
+    Experts on the GPU take no memory."""
+    layout = packed.PackedLayout(16, 1024, 1024, "int8")
+    write_random_layer(tmp_path, layout)
+    path = tmp_path / packed.layer_file_name(0)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)  # pages that are not on disk yet cannot be dropped
+    os.close(descriptor)
+    wrapper = wrapper_of(tmp_path, layout, threadpool_count=slices, num_gpu_experts=8)
+    assert cached_pages(path) > 0
+    before = resident_bytes()
+    wrapper.load_weights(torch.arange(16))
+    added = resident_bytes() - before
+    weights = path.stat().st_size // 2
+    assert 0.98 * weights < added < 1.05 * weights + (8 << 20)  # huge pages at the edges
+    assert cached_pages(path) == 0
+
+
+def test_a_truncated_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One that shrinks after its header was checked."""
+    path = write_layer(tmp_path, LAYOUTS["int8"], 3)
+    header = packed.read_header(path)
+    os.truncate(path, 100_000)
+    monkeypatch.setattr(packed, "read_header", lambda _: header)
+    with pytest.raises(UserError, match=r"layer 3: .*layer-003\.safetensors ends before byte"):
+        wrapper_of(tmp_path, LAYOUTS["int8"], 3).load_weights(torch.arange(4))
