@@ -8,7 +8,7 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo test test-fast ci lint types docs docs-check bench lock \
+.PHONY: compose-there help venv demo test test-fast numa-test ci lint types docs docs-check bench lock \
         download convert serve check smoke health doctor clean clean-demo image up up-cpu down logs ps chat
 
 help: ## list the targets
@@ -105,16 +105,22 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 test: venv ## all tests
 	$(BIN)/python -m pytest
 
-test-fast: venv ## tests that start no SGLang server and no containers
-	$(BIN)/python -m pytest -m "not serve and not docker"
+test-fast: venv ## tests that start no SGLang server, no containers and no virtual machine
+	$(BIN)/python -m pytest -m "not serve and not docker and not numa"
+
+numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs the package qemu-system-x86
+	@command -v qemu-system-x86_64 >/dev/null || \
+	  { echo "error: no qemu-system-x86_64 found: install the package qemu-system-x86" >&2; exit 2; }
+	tests/numa/get_kernel.sh
+	$(BIN)/python -m pytest tests/numa
 
 lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile tests/docker/prometheus.Dockerfile
-	$(BIN)/shellcheck .ci/run docker/*.sh
+	$(BIN)/shellcheck .ci/run docker/*.sh tests/numa/*.sh
 	$(BIN)/yamllint --strict docker-compose.yml compose tests/docker .hadolint.yaml .yamllint.yaml
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'benchmarks/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 types: venv ## mypy
 	$(BIN)/mypy

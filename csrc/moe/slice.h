@@ -41,6 +41,7 @@ class Slice {
   }
   Matrix matrix(int64_t slot, Projection projection) const;
   int64_t slot_bytes() const { return slot_bytes_; }
+  const Buffer& weights() const { return weights_; }
 
   // Address space for all experts. Pages come with the first write, on the writer's NUMA node:
   // `touch` writes to each page of one expert.
