@@ -50,14 +50,16 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
             say(f"warning: {result.sentence()}")
     if failed:
         raise UserErrors(failed)
+    environment = {**config.environment, **command.environment}
     if state is not None:
         state.set("loading")  # the process keeps its id, so that `health` sees it end
-    become(command, config)
+        environment |= state.for_server()
+    become(command, environment)
 
 
-def become(command: Command, config: Config) -> NoReturn:
+def become(command: Command, environment: dict[str, str]) -> NoReturn:
     """Replace this process by the command, run by the interpreter that runs this program."""
     say(f"starting: {command.shown()}")
     sys.stdout.flush()
     argv = [sys.executable, *command.argv[1:]]
-    os.execve(sys.executable, argv, {**config.environment, **command.environment})
+    os.execve(sys.executable, argv, environment)

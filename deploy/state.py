@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,8 @@ DONE, FAILED, READY = "done", "failed", "ready"
 HEARTBEAT_SECONDS = 5.0
 #: Without a sign of life for so long, a stage that cannot be asked counts as dead.
 STALE_SECONDS = 120.0
+#: Tells the server that ``serve`` becomes where its state is; no setting, set by ``serve`` alone.
+_SERVER_STATE = "_KT_SERVER_STATE"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,17 @@ def write_state(directory: Path, state: State) -> None:
         raise
 
 
+def report_layers_loaded(done: int, total: int) -> None:
+    """Say how far the loading is, in a server that ``serve`` has become; elsewhere nothing."""
+    directory = Path(os.environ.get(_SERVER_STATE, os.devnull))
+    state = read_state(directory, "serve")
+    if state is None or state.phase != "loading":
+        return
+    with suppress(OSError):
+        progress = replace(state, done=done, total=total, unit="layers", updated=time.time())
+        write_state(directory, progress)
+
+
 class StageState:
     """Keeps the state file of this process's stage.
 
@@ -176,6 +189,10 @@ class StageState:
     def set(self, phase: str, message: str = "") -> None:
         """Say what the stage does now."""
         self._write(phase=phase, message=message, done=None, total=None, unit="")
+
+    def for_server(self) -> dict[str, str]:
+        """Environment in which a program that this process becomes goes on with the state."""
+        return {} if self._silent else {_SERVER_STATE: str(self._directory)}
 
     def fail(self, reason: str) -> None:
         """Say why the stage ended."""

@@ -22,6 +22,7 @@ from deploy.state import (
     StageState,
     State,
     read_state,
+    report_layers_loaded,
     run_directory,
     write_state,
 )
@@ -118,6 +119,24 @@ def test_progress_is_kept_while_the_work_runs(
     state.fail("no space")
     assert health(tmp_path) == (1, "failed: no space")
     assert [path.name for path in tmp_path.iterdir()] == ["convert.json"]
+
+
+def test_a_server_says_how_far_it_has_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = StageState(tmp_path, "serve")
+    state.set("loading")
+    report_layers_loaded(1, 58)
+    assert health(tmp_path) == (1, "loading"), "only a process that `serve` has become may say"
+    for name, value in state.for_server().items():
+        monkeypatch.setenv(name, value)
+    report_layers_loaded(17, 58)
+    assert health(tmp_path) == (1, "loading 17 of 58 layers")
+    state.set("ready")
+    report_layers_loaded(58, 58)
+    found = read_state(tmp_path, "serve")
+    assert found is not None
+    assert found.phase == "ready"
 
 
 def test_a_directory_that_cannot_be_written(
