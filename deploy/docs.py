@@ -59,12 +59,12 @@ HEALTH = """\
 ## Health
 
 `python entrypoint.py health [--json] [--stage STAGE]` says in one line what a stage is doing:
-`downloading 12.3 of 688.6 GB`, `verifying ...`, `converting 17 of 58 layers`, `checking`, `loading
-17 of 58 layers`, `warming up`, `ready`, or `failed: reason`. Its exit status is 0 while `download`
-and `convert` work and when they have finished, and for `serve` only when it is ready; else 1. So it
-serves as the health check of a container in every stage; give it 15 s. It reads a file that the
-stage keeps in `KT_RUN_DIR`, and looks whether the stage's process is alive. Of a server it asks
-`GET /health`.
+`downloading 12.3 of 688.6 GB`, `verifying ...`, `converting 17 of 58 layers`, `checking`,
+`loading 17 of 58 layers`, `warming up`, `ready`, or `failed: reason`. Its exit status is 0 while
+`download` and `convert` work and when they have finished, and for `serve` only when it is ready;
+else 1. So it serves as the health check of a container in every stage; give it 15 s. It reads a
+file that the stage keeps in `KT_RUN_DIR`, and looks whether the stage's process is alive. Of a
+server it asks `GET /health`.
 
 `GET /health` is SGLang's own. Nothing listens while the server loads, it answers 503 while it warms
 up, and 200 from then on. `serve` sets `SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false` unless you
