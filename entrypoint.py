@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""``python entrypoint.py download|convert|serve|check|smoke``: see ``--help``."""
+"""``python entrypoint.py download|convert|serve|check|smoke|health|status``: see ``--help``."""
 
 import sys
 

@@ -26,6 +26,7 @@ STAGE_HELP = {
     "check": "report what this machine and the directories have and lack",
     "smoke": "send the tutorial's chat request to the running server",
     "health": "say in one line what the stage is doing; exit status 0 if all is well",
+    "status": "answer GET /health with what the stages are doing, until told to end",
 }
 
 
@@ -193,6 +194,10 @@ def _run(args: argparse.Namespace, config: Config, state: StageState | None) -> 
         from deploy import health
 
         return health.run(config, args.of_stage, args.json)
+    if args.stage == "status":
+        from deploy import status
+
+        status.run(config)
     if args.stage == "check":
         from deploy import check
 

@@ -66,11 +66,17 @@ else 1. So it serves as the health check of a container in every stage; give it 
 file that the stage keeps in `KT_RUN_DIR`, and looks whether the stage's process is alive. Of a
 server it asks `GET /health`.
 
-`GET /health` is SGLang's own. Nothing listens while the server loads, it answers 503 while it warms
-up, and 200 from then on. `serve` sets `SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false` unless you
-set it: with it, every probe of an idle server generates a token, and a prompt that takes the CPU
-longer than 20 s makes the server look dead. To have a token generated, ask `GET /health_generate`
-or run `smoke`. A batch that is stuck ends the server after `KT_WATCHDOG_TIMEOUT`.
+`python entrypoint.py status` answers `GET /health` on `KT_STATUS_PORT` from the first stage on: 200
+with `{"stage": "serve", "state": "ready", ...}` while the server serves, else 503 with what the
+stages are doing, in the words of `health`. It looks at the stages of its `KT_RUN_DIR`, also at
+those of other containers that share the directory.
+
+`GET /health` on `KT_PORT` is SGLang's own. Nothing listens while the server loads, it answers 503
+while it warms up, and 200 from then on. `serve` sets
+`SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false` unless you set it: with it, every probe of an idle
+server generates a token, and a prompt that takes the CPU longer than 20 s makes the server look
+dead. To have a token generated, ask `GET /health_generate` or run `smoke`. A batch that is stuck
+ends the server after `KT_WATCHDOG_TIMEOUT`.
 
 ## Checks
 

@@ -2,6 +2,7 @@
 
 Fit for a container's health check in every stage. The truth about a server that has loaded is its
 own ``GET /health``; before that, and for the other stages, it is the state file.
+:mod:`deploy.status` tells the same to the network.
 """
 
 from __future__ import annotations
@@ -39,26 +40,44 @@ def run(config: Config, stage: str | None, as_json: bool) -> int:
     """
     directory = run_directory(config["KT_RUN_DIR"])
     state = find_state(directory, stage)
+    if state is not None:
+        state = examine(state, directory, health_url(config))
+    report = report_of(state, directory)
+    print(json.dumps(report, indent=1) if as_json else report["state"])
+    return 0 if report["healthy"] else 1
+
+
+def report_of(state: State | None, directory: Path) -> dict[str, object]:
+    """``healthy``, ``state`` in words, and the fields of the state if there is one."""
     if state is None:
-        line, healthy = f"nothing has been started (no state in KT_RUN_DIR {directory})", False
-        report: dict[str, object] = {"healthy": False, "line": line}
-    else:
-        found = examine(state, directory, base_url(config))
-        line, healthy = found.line(), is_healthy(found)
-        report = {"healthy": healthy, "line": line, **asdict(found)}
-    print(json.dumps(report, indent=1) if as_json else line)
-    return 0 if healthy else 1
+        line = f"nothing has been started (no state in KT_RUN_DIR {directory})"
+        return {"healthy": False, "state": line}
+    return {"healthy": is_healthy(state), "state": state.line(), **asdict(state)}
+
+
+def health_url(config: Config) -> str:
+    """Where the server on this machine says how it is."""
+    return f"{base_url(config)}/health"
 
 
 def find_state(directory: Path, stage: str | None) -> State | None:
-    """The state of a stage; without one, of a stage that runs, the latest that was started."""
+    """The state of a stage.
+
+    Without ``stage``, of one that runs; else of one that failed, unless a later stage was started
+    after it; else of the latest.
+    """
     states = [read_state(directory, name) for name in ([stage] if stage else STATEFUL)]
     found = [state for state in states if state is not None]
 
-    def running(state: State) -> bool:
-        return state.phase not in (DONE, FAILED) and state.is_alive()
+    def matters(state: State) -> tuple[int, float]:
+        if state.phase == DONE:
+            return 0, state.started
+        if state.phase != FAILED and state.is_alive(directory):
+            return 2, state.started
+        later = found[found.index(state) + 1 :]
+        return int(all(other.started < state.started for other in later)), state.started
 
-    return max(found, key=lambda state: (running(state), state.started), default=None)
+    return max(found, key=matters, default=None)
 
 
 def is_healthy(state: State) -> bool:
@@ -67,21 +86,30 @@ def is_healthy(state: State) -> bool:
 
 
 def examine(state: State, directory: Path, url: str) -> State:
-    """What is true now: the state file, corrected by what its process and its server say."""
+    """What is true now: the state file, corrected by what its process and its server say.
+
+    Args:
+        url: where the server says how it is.
+    """
     if state.phase in (DONE, FAILED):
         return state
-    if not state.is_alive():
+    if not state.is_alive(directory):
         reason = f"the process ended without a word while {state.line()}"
         return replace(
             state, phase=FAILED, message=f"{reason}: it was killed or crashed, its log may say more"
         )
-    if state.stage == "serve" and state.phase not in ("starting", "checking"):
+    if may_listen(state):
         return _ask_server(state, directory, url)
     return state
 
 
+def may_listen(state: State) -> bool:
+    """Whether the state is that of a server which has passed its checks."""
+    return state.stage == "serve" and state.phase not in ("starting", "checking", FAILED)
+
+
 def _ask_server(state: State, directory: Path, url: str) -> State:
-    status, problem = http_status(f"{url}/health")
+    status, problem = http_status(url)
     if status == 200:
         if state.phase != READY:
             state = replace(state, phase=READY)
@@ -92,7 +120,7 @@ def _ask_server(state: State, directory: Path, url: str) -> State:
     if status is not None and state.phase != READY:
         return replace(state, phase="warming up")
     if status is not None:
-        return replace(state, phase=FAILED, message=f"{url}/health answers HTTP {status}")
+        return replace(state, phase=FAILED, message=f"{url} answers HTTP {status}")
     if state.phase in _STARTING:
         return state  # SGLang listens when it has loaded
     return replace(state, phase=FAILED, message=f"{url} does not answer: {problem}")

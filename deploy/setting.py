@@ -7,7 +7,7 @@ from typing import Any
 
 from deploy.value_types import ValueType
 
-STAGES = ("download", "convert", "serve", "check", "smoke", "health")
+STAGES = ("download", "convert", "serve", "check", "smoke", "health", "status")
 PREFIX = "KT_"
 #: Words that some settings take instead of a value.
 AUTO = "auto"
@@ -19,9 +19,10 @@ CONVERT = "Convert"
 SERVE = "Serve: the tutorial's launch command"
 ADDED = "Serve: what this project adds"
 SMOKE = "Smoke"
+STATUS = "Status"
 KERNEL = "Kernel"
 FOREIGN = "Read by other programs"
-SECTIONS = (SHARED, DOWNLOAD, CONVERT, SERVE, ADDED, SMOKE, KERNEL, FOREIGN)
+SECTIONS = (SHARED, DOWNLOAD, CONVERT, SERVE, ADDED, SMOKE, STATUS, KERNEL, FOREIGN)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from deploy.setting import (
     SERVE,
     SHARED,
     SMOKE,
+    STATUS,
     Flag,
     Setting,
 )
@@ -132,13 +133,15 @@ TABLE: tuple[Setting, ...] = (
     # --- the launch command, in the tutorial's order --------------------------------------------
     Setting(
         "KT_HOST", Text("a host name or address", r"[\w.:%-]+"), "0.0.0.0",
-        "Address that the server listens on; `smoke` and `health` talk to it.",
-        SERVE, ("serve", "check", "smoke", "health"), _serve("--host"), tutorial="0.0.0.0",
+        "Address that the server listens on; `smoke` and `health` talk to it. `status` listens on "
+        "it, too.",
+        SERVE, ("serve", "check", "smoke", "health", "status"), _serve("--host"),
+        tutorial="0.0.0.0",
     ),
     Setting(
         "KT_PORT", PORT, "30000",
-        "Port that the server listens on; `smoke` and `health` talk to it.",
-        SERVE, ("serve", "check", "smoke", "health"), _serve("--port"), tutorial="30000",
+        "Port that the server listens on; `smoke`, `health` and `status` talk to it.",
+        SERVE, ("serve", "check", "smoke", "health", "status"), _serve("--port"), tutorial="30000",
     ),
     Setting(
         "KT_MODEL_PATH", FilePath(), "/models/deepseek-v3.2",
@@ -243,10 +246,10 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting(
         "KT_RUN_DIR", FilePath(), AUTO,
-        "Directory of the state files that `health` reads, one for each stage; each deployment on "
-        "a host needs its own. `auto` is `kt-kernel` in `XDG_RUNTIME_DIR`, or "
+        "Directory of the state files that `health` and `status` read, one for each stage; each "
+        "deployment on a host needs its own. `auto` is `kt-kernel` in `XDG_RUNTIME_DIR`, or "
         "`/tmp/kt-kernel-UID`.",
-        SHARED, ("download", "convert", "serve", "check", "health"), auto=True,
+        SHARED, ("download", "convert", "serve", "check", "health", "status"), auto=True,
     ),
     # --- convert --------------------------------------------------------------------------------
     Setting(
@@ -383,6 +386,18 @@ TABLE: tuple[Setting, ...] = (
         "KT_SMOKE_TIMEOUT", Number(above=0), "600",
         "Seconds to wait for the server's next byte.",
         SMOKE, ("smoke",),
+    ),
+    # --- status ---------------------------------------------------------------------------------
+    Setting(
+        "KT_STATUS_PORT", PORT, "30001",
+        "Port on which `status` answers `GET /health` in every stage.",
+        STATUS, ("status",),
+    ),
+    Setting(
+        "KT_STATUS_SERVER", URL, AUTO,
+        "Where the server says how it is, as `status` reaches it. `auto` follows KT_HOST and "
+        "KT_PORT.",
+        STATUS, ("status",), auto=True,
     ),
     # --- the kernel -----------------------------------------------------------------------------
     Setting(

@@ -1,13 +1,15 @@
 """What a stage is doing, in a small file that others can read: ``KT_RUN_DIR/<stage>.json``.
 
-Written whole or not at all, by the stage itself; ``health`` reads it. Writing is best effort: a
-stage never fails because nobody could be told about it. The files are in a directory of their own
-and not beside the model or the weights, which stay the same to the byte however often a run was
-interrupted, and may be mounted read-only.
+Written whole or not at all, by the stage itself; ``health`` and ``status`` read it. A lock beside
+it, which the kernel releases with the process, tells readers in other containers that the stage
+lives. Writing is best effort: a stage never fails because nobody could be told about it. The files
+are in a directory of their own and not beside the model or the weights, which stay the same to the
+byte however often a run was interrupted, and may be mounted read-only.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -25,9 +27,9 @@ from deploy.setting import AUTO
 #: Stages that have a state; the others are over in a moment.
 STATEFUL = ("download", "convert", "serve")
 DONE, FAILED, READY = "done", "failed", "ready"
-HEARTBEAT_SECONDS = 5.0
-#: Without a sign of life for so long, a stage that cannot be asked counts as dead.
-STALE_SECONDS = 120.0
+PROGRESS_SECONDS = 5.0
+#: A reader holds the lock for a moment; another stage holds it longer.
+LOCK_SECONDS = 0.5
 #: Tells the server that ``serve`` becomes where its state is; no setting, set by ``serve`` alone.
 _SERVER_STATE = "_KT_SERVER_STATE"
 
@@ -73,15 +75,13 @@ class State:
             return f"{self.phase} {_of_bytes(self.done, self.total)}"
         return f"{self.phase} {self.done} of {self.total} {self.unit}"
 
-    def is_alive(self, now: float | None = None) -> bool:
-        """Whether the stage's process still runs.
+    def is_alive(self, directory: Path) -> bool:
+        """Whether the stage's process, whose state is in ``directory``, still runs.
 
-        A process of another container cannot be asked: it counts as alive while it gives signs of
-        life, and the server, which gives none, always.
+        A process of another container cannot be seen: it lives while its lock is held.
         """
         if self.pid_namespace != _pid_namespace():
-            now = time.time() if now is None else now
-            return self.stage == "serve" or now - self.updated < STALE_SECONDS
+            return _is_locked(_lock_path(directory, self.stage))
         return self.pid_started != 0 and _process_start(self.pid) == self.pid_started
 
 
@@ -100,6 +100,46 @@ def _process_start(pid: int) -> int:
     except OSError:
         return 0
     return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _lock_path(directory: Path, stage: str) -> Path:
+    return directory / f".{stage}.lock"
+
+
+def _take_lock(path: Path) -> bool:
+    """Lock a file until this process ends; False if another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:
+        return True  # the first write of the state says why
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(fd)
+                return False
+            time.sleep(0.01)
+        else:
+            # Never closed; SGLang's server, which this process may become, inherits it.
+            os.set_inheritable(fd, True)
+            return True
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def _pid_namespace() -> str:
@@ -169,14 +209,7 @@ class StageState:
     def __init__(self, directory: Path, stage: str) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        earlier = read_state(directory, stage)
-        self._silent = (
-            earlier is not None
-            and earlier.phase not in (DONE, FAILED)
-            and earlier.pid != os.getpid()
-            and earlier.pid_namespace == _pid_namespace()
-            and earlier.is_alive()
-        )
+        self._silent = not _take_lock(_lock_path(directory, stage))
         self._state = State(
             stage,
             "starting",
@@ -185,6 +218,7 @@ class StageState:
             pid_namespace=_pid_namespace(),
             started=time.time(),
         )
+        self.set("starting")  # what an earlier process left here is over
 
     def set(self, phase: str, message: str = "") -> None:
         """Say what the stage does now."""
@@ -209,7 +243,7 @@ class StageState:
             self._write(phase=phase, message="", done=done(), total=total, unit=unit)
 
         def repeat() -> None:
-            while not stop.wait(HEARTBEAT_SECONDS):
+            while not stop.wait(PROGRESS_SECONDS):
                 tell()
 
         tell()

@@ -94,12 +94,13 @@ def test_variables_that_the_code_reads_are_in_the_table() -> None:
         (["--env-file", "x", "dowload"], "error: unknown stage dowload: did you mean download?"),
         (
             ["zzz"],
-            "error: unknown stage zzz: expected download, convert, serve, check, smoke, health",
+            "error: unknown stage zzz: expected download, convert, serve, check, smoke, "
+            "health, status",
         ),
         (
             [],
-            "error: expected a stage: download, convert, serve, check, smoke, health "
-            "(see entrypoint.py --help)",
+            "error: expected a stage: download, convert, serve, check, smoke, health, "
+            "status (see entrypoint.py --help)",
         ),
         (["serve", "--prnt"], "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),
         (["serve", "--json"], "error: --json goes with --print (see entrypoint.py --help)"),

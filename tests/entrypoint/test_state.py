@@ -1,4 +1,4 @@
-"""The state files of the stages, and ``health``, which reads them."""
+"""The state files of the stages, and ``health`` and ``status``, which read them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import httpx
 import pytest
 
 from deploy.health import examine, find_state, is_healthy
@@ -26,6 +30,7 @@ from deploy.state import (
     run_directory,
     write_state,
 )
+from deploy.status import listen, overall_state
 from tests.entrypoint.helpers import LocalHub, Prepared, clean_environment, command, run
 
 
@@ -104,13 +109,13 @@ def test_the_automatic_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_progress_is_kept_while_the_work_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploy.state.HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr("deploy.state.PROGRESS_SECONDS", 0.01)
     state, done = StageState(tmp_path, "convert"), 1
     with state.watch("converting", 58, lambda: done, "layers"):
         first = read_state(tmp_path, "convert")
         assert first is not None
         assert first.line() == "converting 1 of 58 layers"
-        assert first.is_alive()
+        assert first.is_alive(tmp_path)
         done = 2
         deadline = time.monotonic() + 10
         while "2 of 58" not in (read_state(tmp_path, "convert") or first).line():
@@ -118,7 +123,8 @@ def test_progress_is_kept_while_the_work_runs(
             time.sleep(0.01)
     state.fail("no space")
     assert health(tmp_path) == (1, "failed: no space")
-    assert [path.name for path in tmp_path.iterdir()] == ["convert.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".convert.lock", "convert.json"]
 
 
 def test_a_server_says_how_far_it_has_loaded(
@@ -173,15 +179,54 @@ def test_a_process_that_is_gone(tmp_path: Path) -> None:
         "its log may say more"
     )
     reused = replace(state, pid_started=state.pid_started + 1)
-    assert not reused.is_alive()
+    assert not reused.is_alive(tmp_path)
     assert examine(replace(gone, phase="done"), tmp_path, "").phase == "done"
 
 
-def test_a_process_of_another_container_lives_by_its_heartbeat() -> None:
-    state = State("convert", "converting", pid_namespace="pid:[1]", updated=1000.0)
-    assert state.is_alive(now=1060.0)
-    assert not state.is_alive(now=1300.0)
-    assert replace(state, stage="serve").is_alive(now=9000.0)
+@contextmanager
+def other_process(directory: Path, stage: str, phase: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has the stage, and becomes another program as ``serve`` does."""
+    code = (
+        "import os, sys; from pathlib import Path; from deploy.state import StageState;"
+        "StageState(Path(sys.argv[1]), sys.argv[2]).set(sys.argv[3]); print('set', flush=True);"
+        "os.execvp('sleep', ['sleep', '60'])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(directory), stage, phase],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "set\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def as_of_another_container(directory: Path, stage: str) -> State:
+    """Make the state look as if its process could not be seen from here."""
+    state = read_state(directory, stage)
+    assert state is not None
+    state = replace(state, pid_namespace="pid:[1]")
+    write_state(directory, state)
+    return state
+
+
+@pytest.mark.parametrize("stage", ["convert", "serve"])
+def test_a_process_of_another_container_lives_while_its_lock_is_held(
+    tmp_path: Path, stage: str
+) -> None:
+    with other_process(tmp_path, stage, "checking") as process:
+        state = as_of_another_container(tmp_path, stage)
+        assert state.is_alive(tmp_path)
+        assert examine(state, tmp_path, "").line() == "checking"
+        process.kill()
+        process.wait()
+        assert not state.is_alive(tmp_path)
+        assert examine(state, tmp_path, "").line().startswith("failed: the process ended without")
+    assert not state.is_alive(tmp_path / "no")
 
 
 def test_which_stage_is_told(tmp_path: Path) -> None:
@@ -197,21 +242,35 @@ def test_which_stage_is_told(tmp_path: Path) -> None:
     assert running.stage == "download"
 
 
+@pytest.mark.parametrize(
+    ("states", "told"),
+    [
+        # The earlier stages ran again, then the server died.
+        ([("download", "done", 3), ("convert", "done", 4), ("serve", "failed", 2)], "serve"),
+        # Mended by hand after the failure.
+        ([("download", "failed", 1), ("convert", "done", 2)], "convert"),
+        ([("download", "failed", 3), ("convert", "done", 2)], "download"),
+        # Without a word: its process is gone.
+        ([("download", "done", 3), ("convert", "converting", 2)], "convert"),
+    ],
+)
+def test_a_failure_is_told_until_a_later_stage_was_started(
+    tmp_path: Path, states: list[tuple[str, str, int]], told: str
+) -> None:
+    for stage, phase, started in states:
+        write_state(tmp_path, State(stage, phase, started=float(started)))
+    state = find_state(tmp_path, None)
+    assert state is not None
+    assert state.stage == told
+
+
 def test_a_second_server_does_not_speak_for_the_first(tmp_path: Path) -> None:
     """The process that found the port taken leaves the running one's state alone."""
-    sleeper = subprocess.Popen(["sleep", "60"])
-    try:
-        StageState(tmp_path, "serve").set("loading")
-        mine = read_state(tmp_path, "serve")
-        assert mine is not None
-        start = int(Path(f"/proc/{sleeper.pid}/stat").read_text().rpartition(")")[2].split()[19])
-        other = replace(mine, pid=sleeper.pid, pid_started=start)
-        write_state(tmp_path, other)
+    with other_process(tmp_path, "serve", "loading") as process:
         StageState(tmp_path, "serve").fail("port taken")
-        assert read_state(tmp_path, "serve") == other
-    finally:
-        sleeper.kill()
-        sleeper.wait()
+        state = read_state(tmp_path, "serve")
+        assert state is not None
+        assert (state.pid, state.phase) == (process.pid, "loading")
     StageState(tmp_path, "serve").fail("port taken")
     after = read_state(tmp_path, "serve")
     assert after is not None
@@ -255,14 +314,98 @@ def test_a_server_through_its_life(tmp_path: Path, server: Callable[[int], str])
     assert health(tmp_path, **here, KT_PORT=server(200)) == (0, "ready")
     status, line = health(tmp_path, **here, KT_PORT="1")
     assert status == 1
-    assert line.startswith("failed: http://127.0.0.1:1 does not answer: ")
+    assert line.startswith("failed: http://127.0.0.1:1/health does not answer: ")
     status, line = health(tmp_path, **here, KT_PORT=server(503))
     assert (status, line[-8:]) == (1, "HTTP 503")
     status, text = health(tmp_path, "--json", **here, KT_PORT=server(200))
     report = json.loads(text)
     assert status == 0
-    assert (report["healthy"], report["line"], report["stage"]) == (True, "ready", "serve")
+    assert (report["healthy"], report["state"], report["stage"]) == (True, "ready", "serve")
     assert report["pid"] == os.getpid()
+
+
+@contextmanager
+def status_server(directory: Path, url: str) -> Iterator[Callable[[], tuple[int, str]]]:
+    """Call it for the HTTP status of ``GET /health`` and the state in its answer."""
+    with listen("127.0.0.1", 0, directory, url) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{running.server_port}"
+
+        def ask() -> tuple[int, str]:
+            answer = httpx.get(f"{address}/health", trust_env=False)
+            return answer.status_code, answer.json()["state"]
+
+        yield ask
+        answer = httpx.get(f"{address}/metrics", trust_env=False)
+        assert (answer.status_code, answer.json()) == (
+            404,
+            {"error": "expected GET /health, found /metrics"},
+        )
+        running.shutdown()
+
+
+def test_status_through_all_stages(tmp_path: Path, server: Callable[[int], str]) -> None:
+    url = f"http://127.0.0.1:{server(503)}/health"
+    with status_server(tmp_path, url) as ask:
+        assert ask() == (503, f"nothing has been started (no state in KT_RUN_DIR {tmp_path})")
+        with other_process(tmp_path, "download", "asking the Hub"):
+            as_of_another_container(tmp_path, "download")
+            assert ask() == (503, "asking the Hub")
+        assert ask()[1].startswith("failed: the process ended without a word while asking the Hub")
+        state = StageState(tmp_path, "convert")
+        with state.watch("converting", 58, lambda: 17, "layers"):
+            assert ask() == (503, "converting 17 of 58 layers")
+        state.set("done")
+        assert ask() == (503, "convert finished")
+        with other_process(tmp_path, "serve", "loading") as process:
+            as_of_another_container(tmp_path, "serve")
+            assert ask() == (503, "warming up")
+            server(200)
+            assert ask() == (200, "ready")
+            # An `up` while it serves runs the earlier stages again.
+            with other_process(tmp_path, "download", "verifying"):
+                assert ask() == (200, "ready")
+            write_state(tmp_path, State("download", "done", started=time.time()))
+            process.kill()
+            process.wait()
+            # Whatever answers on the port now, it is not this server.
+            assert ask()[1].startswith("failed: the process ended without a word while ready")
+
+
+def test_status_of_servers_that_leave_no_state(
+    tmp_path: Path, server: Callable[[int], str]
+) -> None:
+    url = f"http://127.0.0.1:{server(200)}/health"
+    assert overall_state(tmp_path, url) == State("serve", "ready")
+    write_state(tmp_path, State("convert", "failed", "no space"))
+    failed = overall_state(tmp_path, url)
+    assert failed is not None
+    assert failed.line() == "failed: no space"
+
+
+def test_status_ends_when_told_to_and_refuses_a_port_in_use(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        settings = {"KT_RUN_DIR": str(tmp_path), "KT_HOST": "127.0.0.1", "KT_STATUS_PORT": port}
+        result = run("status", **settings)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"error: cannot listen on KT_HOST 127.0.0.1, KT_STATUS_PORT {port}: Address already in "
+            f"use: choose another port\n"
+        )
+    process = subprocess.Popen(
+        command("status"), env=clean_environment(**settings), stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("status: GET /health on port ")
+        assert httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 503
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
 
 
 def test_a_failed_serve_says_why(tmp_path: Path) -> None:
