@@ -2,6 +2,9 @@
 # behind a proxy or with mirrors. BASE_IMAGE may be any Debian or Ubuntu with Python 3.11 to 3.13;
 # the default brings what NVIDIA's container runtime looks for. No CUDA is needed to build, and the
 # CUDA libraries come with torch, so the smallest of NVIDIA's runtime images will do.
+#
+#   base -> tools -> build: the wheel      base -> packages -> runtime -> gpu: what serves on a card
+#   gpu -> test: the wheel on trial        runtime -> demo: the Hub of compose/cpu.yml
 ARG BASE_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # ---- base: Python and what SGLang needs from the distribution ------------------------------------
@@ -43,12 +46,14 @@ RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --no-index
 FROM base AS packages
 COPY requirements/run.txt /tmp/run.txt
 RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,source=docker/prune.sh,target=/run/prune.sh \
     --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
     --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
     && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
        --python /opt/venv/bin/python --require-hashes -r /tmp/run.txt \
+    && sh /run/prune.sh /opt/venv/lib/python3*/site-packages \
     && rm /tmp/run.txt
 
 # ---- runtime: no compiler, no pip, no cache, no root ---------------------------------------------
@@ -99,3 +104,24 @@ RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
     --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
     sh /run/apt-install.sh g++ python3-dev
 USER 10001:10001
+
+# ---- test: the kernel's tests on the wheel, in the Python and the libc that will run it ----------
+FROM gpu AS test
+# hadolint ignore=DL3002
+USER 0:0
+WORKDIR /src
+COPY requirements/test.txt requirements/
+RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    sh /run/pip.sh uv pip install --quiet --no-cache \
+       --python /opt/venv/bin/python --require-hashes -r requirements/test.txt
+# Of the package itself only the sources that tests compile: what is imported is the wheel.
+COPY pyproject.toml ./
+COPY csrc csrc
+COPY tests tests
+RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel tests/amx
+
+# ---- what a build without a target makes ---------------------------------------------------------
+FROM gpu

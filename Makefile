@@ -9,7 +9,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: compose-there help venv demo test test-fast numa-test ci lint types docs docs-check bench lock \
-        download convert serve check smoke health doctor clean clean-demo image up up-cpu down logs ps chat
+        download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in
-	for name in bootstrap run dev build bench; do \
+	for name in bootstrap run dev build test bench; do \
 	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
 
@@ -53,7 +53,7 @@ clean-demo: ## remove what the demo made
 
 # ---- one stage, configured by KT_* variables (docs/configuration.md) -------------------------------
 
-download serve check smoke health: venv ## run one stage from KT_* variables
+download serve check smoke health status: venv ## run one stage from KT_* variables
 	$(BIN)/python entrypoint.py $@
 
 # In the container where Compose is there, on the host with LOCAL=1 or without Compose.
@@ -71,13 +71,17 @@ endif
 WITH    ?=
 COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
 
-image up up-cpu down logs ps chat: compose-there
+image image-test up up-cpu down logs ps chat: compose-there
 
 compose-there:
 	@$(if $(HAS_COMPOSE),,echo "error: 'docker compose' does not run here: install Docker Engine 20.10 and Compose 2.24 or later, or run the stages on the host (make download, convert, serve)" >&2; exit 2)
 
 image: ## build the image of all stages
 	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
+
+# The tests run while it is built; the image itself is of no use.
+image-test: ## test the kernels on the wheel, in the image's own Python
+	IMAGE=$${TEST_IMAGE:-deepseek-v32-test:local} IMAGE_TARGET=test docker compose -f docker-compose.yml build serve
 
 up: ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
 	$(COMPOSE) up -d
