@@ -5,6 +5,7 @@
 #
 #   base -> tools -> build: the wheel      base -> packages -> runtime -> gpu: what serves on a card
 #   gpu -> test: the wheel on trial        runtime -> demo: the Hub of compose/cpu.yml
+#                                          base -> router: what compose/replicas.yml adds
 ARG BASE_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
 
 # ---- base: Python and what SGLang needs from the distribution ------------------------------------
@@ -122,6 +123,22 @@ COPY pyproject.toml ./
 COPY csrc csrc
 COPY tests tests
 RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel tests/amx
+
+# ---- router: what compose/replicas.yml puts before several servers -------------------------------
+FROM base AS router
+COPY requirements/router.txt /tmp/router.txt
+RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+    --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
+    --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
+    sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
+    && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
+       --python /opt/venv/bin/python --require-hashes -r /tmp/router.txt \
+    && rm /tmp/router.txt
+COPY docker/router.sh /app/router.sh
+USER 10001:10001
+EXPOSE 30000
+ENTRYPOINT ["sh", "/app/router.sh"]
 
 # ---- what a build without a target makes ---------------------------------------------------------
 FROM gpu

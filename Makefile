@@ -39,7 +39,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in
-	for name in bootstrap run dev build test bench; do \
+	for name in bootstrap run dev build test router bench; do \
 	  (cd requirements && ../$(BIN)/uv pip compile -q --universal --python-version 3.11 --generate-hashes \
 	    --no-header --no-emit-index-url --no-emit-find-links $$name.in -o $$name.txt) || exit 1; done
 
@@ -76,8 +76,8 @@ image image-test up up-cpu down logs ps chat: compose-there
 compose-there:
 	@$(if $(HAS_COMPOSE),,echo "error: 'docker compose' does not run here: install Docker Engine 20.10 and Compose 2.24 or later, or run the stages on the host (make download, convert, serve)" >&2; exit 2)
 
-image: ## build the image of all stages
-	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve
+image: ## build the image of all stages, and the router's with WITH=replicas
+	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve $(if $(filter replicas,$(WITH)),router)
 
 # The tests run while it is built; the image itself is of no use.
 image-test: ## test the kernels on the wheel, in the image's own Python
