@@ -18,12 +18,13 @@ from tests.docker.engine import (
     run,
     running_engine,
 )
-from tests.docker.project import CPU, Project
+from tests.docker.project import CPU, Project, watched
 
 BASE_IMAGE = "local/debian:bookworm"
 IMAGES = {
     "IMAGE": "tests/runtime:local",
     "DEMO_IMAGE": "tests/demo:local",
+    "ROUTER_IMAGE": "tests/router:local",
 }
 #: Machines for tests may lack CAP_SYS_RESOURCE, which raising a limit needs.
 SMALL = {"MEMLOCK": "65536", "HEALTH_INTERVAL": "3s", "SHM_SIZE": "512m"}
@@ -91,8 +92,9 @@ def images(engine: Engine, build_variables: dict[str, str], measured: list[str])
     make_base_image(engine, BASE_IMAGE)
     measured.append(f"base image: {time.monotonic() - started:.0f} s")
     started = time.monotonic()
-    builder = Project(engine, "build", {**IMAGES, **build_variables})
-    for service in ("hub", "serve"):  # one after the other: the second shares all layers
+    files = (*CPU, "compose/replicas.yml")
+    builder = Project(engine, "build", {**IMAGES, **build_variables}, files)
+    for service in ("hub", "serve", "router"):  # one after the other: they share layers
         builder.compose("build", service, timeout=1700)
     measured.append(f"docker compose build: {time.monotonic() - started:.0f} s")
     return IMAGES
@@ -119,12 +121,13 @@ def project(
 def stack(
     engine: Engine, images: dict[str, str], small: dict[str, str], measured: list[str]
 ) -> Iterator[Project]:
-    """The whole pipeline, up and healthy."""
+    """The whole pipeline, up and healthy; ``told`` is what its status service said meanwhile."""
     project = Project(engine, "stack", {**images, **small})
     try:
         started = time.monotonic()
-        project.up()
-        project.wait_until_healthy()
+        with watched(project) as project.told:
+            project.up()
+            project.wait_until_healthy()
         measured.append(f"cold up, until healthy: {time.monotonic() - started:.0f} s")
         yield project
     finally:

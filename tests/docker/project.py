@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
+import signal
+import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,7 @@ class Project:
     Attributes:
         variables: what a user would have in ``.env``.
         files: compose files, relative to the repository.
+        told: answers of the status service, where a fixture watched it.
     """
 
     engine: Engine
@@ -36,14 +42,37 @@ class Project:
     variables: Mapping[str, str]
     files: Iterable[str] = CPU
     port: int = 30000
+    told: list[tuple[int, str]] = field(default_factory=list)
     client: docker.DockerClient = field(init=False)
 
     def __post_init__(self) -> None:
         self.client = docker.DockerClient(base_url=self.engine.url, timeout=120)
+        # Each project has a status service; projects live at the same time.
+        self.variables = {"KT_STATUS_PORT": str(_free_port()), **self.variables}
+
+    def with_files(self, *files: str, **variables: str) -> Project:
+        """The same project with further override files and variables."""
+        return Project(
+            self.engine,
+            self.name,
+            {**self.variables, **variables},
+            (*self.files, *files),
+            self.port,
+        )
 
     def environment(self) -> dict[str, str]:
         """The engine's variables and the project's; the caller's own settings stay out."""
-        return {**self.engine.environment, **self.variables, "KT_PORT": str(self.port)}
+        return {
+            "SETTINGS_FILE": os.devnull,
+            **self.engine.environment,
+            **self.variables,
+            "KT_PORT": str(self.port),
+        }
+
+    def make(self, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        """Run ``make`` in the repository, as this project and without the developer's .env."""
+        own = {"COMPOSE_PROJECT_NAME": self.name, "COMPOSE_ENV_FILES": os.devnull}
+        return run(["make", *words], {**own, **self.environment()}, timeout=timeout)
 
     def compose(
         self, *arguments: str, check: bool = True, timeout: float = 600
@@ -52,7 +81,7 @@ class Project:
         files = [word for file in self.files for word in ("-f", file)]
         return run(
             ["docker", "compose", "--env-file", os.devnull, "-p", self.name, *files, *arguments],
-            {"SETTINGS_FILE": os.devnull, **self.environment()},
+            self.environment(),
             check=check,
             timeout=timeout,
         )
@@ -80,8 +109,8 @@ class Project:
             found[container.labels["com.docker.compose.service"]] = state["Status"] + code
         return found
 
-    def logs(self, service: str) -> str:
-        return self.container(service).logs().decode(errors="replace")
+    def logs(self, service: str, number: int = 1) -> str:
+        return self.container(service, number).logs().decode(errors="replace")
 
     def errors(self, service: str) -> list[str]:
         """The lines of a service's log that tell a mistake."""
@@ -107,20 +136,68 @@ class Project:
             container = self.container(service, number)
             state = container.attrs["State"]
             if state["Status"] not in ("running", "created"):
-                raise AssertionError(f"{service} is {state['Status']}:\n{self.tail(service)}")
+                raise AssertionError(
+                    f"{service} is {state['Status']}:\n{self.tail(service, number)}"
+                )
             if state.get("Health", {}).get("Status") == "healthy":
                 return time.monotonic() - started
             time.sleep(1)
-        raise AssertionError(f"{service} is not healthy:\n{self.tail(service)}")
+        raise AssertionError(f"{service} is not healthy:\n{self.tail(service, number)}")
 
-    def tail(self, service: str) -> str:
-        return "\n".join(self.logs(service).splitlines()[-30:])
+    def crash(self, service: str, number: int = 1) -> None:
+        """Kill -9 a container's processes behind the engine's back, so that it starts it again."""
+        os.kill(self.container(service, number).attrs["State"]["Pid"], signal.SIGKILL)
 
-    def api(self, service: str = "serve", timeout: float = 120) -> httpx.Client:
+    def wait_until_restarted(self, service: str, number: int = 1) -> float:
+        """Seconds until the engine has started a crashed container again."""
+        started = time.monotonic()
+        while self.container(service, number).attrs["RestartCount"] == 0:
+            assert time.monotonic() - started < 60, self.states()
+            time.sleep(0.2)
+        return time.monotonic() - started
+
+    def tail(self, service: str, number: int = 1) -> str:
+        return "\n".join(self.logs(service, number).splitlines()[-30:])
+
+    def status(self) -> tuple[int, str]:
+        """What the status service answers: the HTTP status, and the state in words."""
+        url = f"http://127.0.0.1:{self.variables['KT_STATUS_PORT']}/health"
+        answer = httpx.get(url, trust_env=False, timeout=60)
+        return answer.status_code, answer.json()["state"]
+
+    def api(self, timeout: float = 120) -> httpx.Client:
         """A client of the served API, on the published port."""
         return httpx.Client(
             base_url=f"http://127.0.0.1:{self.port}", timeout=timeout, trust_env=False
         )
+
+
+@contextmanager
+def watched(project: Project) -> Iterator[list[tuple[int, str]]]:
+    """What the status service answers while the block runs, each answer once."""
+    seen: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(0.05):
+            with contextlib.suppress(httpx.TransportError):  # it is not there yet
+                answer = project.status()
+                if answer not in seen[-1:]:
+                    seen.append(answer)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def kill_at_random(project: Project, service: str, within: float, source: random.Random) -> str:
@@ -129,7 +206,7 @@ def kill_at_random(project: Project, service: str, within: float, source: random
         ["docker", "compose", "--env-file", os.devnull, "-p", project.name]
         + [word for file in project.files for word in ("-f", file)]
         + ["up", "-d", "--no-build", service],
-        env={**os.environ, "SETTINGS_FILE": os.devnull, **project.environment()},
+        env={**os.environ, **project.environment()},
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -40,6 +40,11 @@ def test_a_combination_is_valid(engine: Engine, overrides: tuple[str, ...]) -> N
     assert services.keys() >= set(STAGES)
     has_gpu = "devices" in str(services["serve"].get("deploy"))
     assert has_gpu == ("cpu" not in overrides)
+    # What answers on the public port, and nothing else does.
+    front = "router" if "replicas" in overrides else "serve"
+    assert [name for name, service in services.items() if "30000" in str(service.get("ports"))] == [
+        front
+    ]
     if "speciale" in overrides:
         for stage in STAGES:
             environment = services[stage]["environment"]
@@ -60,11 +65,11 @@ def test_every_setting_reaches_the_stages_that_read_it(engine: Engine) -> None:
     given = {
         setting.name: f"given-{setting.name}"
         for setting in TABLE
-        if setting.name not in handled | {"KT_PORT"}
+        if setting.name not in handled | {"KT_PORT", "KT_STATUS_PORT"}
     }
-    services = configuration(engine, (), **given, KT_PORT="12345")
+    services = configuration(engine, (), **given, KT_PORT="12345", KT_STATUS_PORT="12346")
     for setting in TABLE:
-        for stage in set(setting.stages) & set(STAGES):
+        for stage in set(setting.stages) & {*STAGES, "status"}:
             environment = services[stage]["environment"]
             if setting.name in given:
                 assert environment.get(setting.name) == given[setting.name], (stage, setting.name)

@@ -30,16 +30,11 @@ def prometheus(stack: Project, measured: list[str]) -> str:
         *("build", "-q", "-t", IMAGE, "--build-arg", f"BASE_IMAGE={BASE_IMAGE}"),
         *("-f", "tests/docker/prometheus.Dockerfile", "tests/docker"),
     )
-    monitored = Project(
-        stack.engine,
-        stack.name,
-        {
-            **stack.variables,
-            "PROMETHEUS_IMAGE": IMAGE,
-            "PROMETHEUS_PORT": str(PORT),
-            "SCRAPE_INTERVAL": "2s",
-        },
-        (*stack.files, "compose/monitoring.yml"),
+    monitored = stack.with_files(
+        "compose/monitoring.yml",
+        PROMETHEUS_IMAGE=IMAGE,
+        PROMETHEUS_PORT=str(PORT),
+        SCRAPE_INTERVAL="2s",
     )
     monitored.up("--no-deps", "prometheus")
     url = f"http://127.0.0.1:{PORT}"

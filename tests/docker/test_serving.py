@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
+from ipaddress import ip_network
 
 import httpx
 
-from tests.docker.project import Project
+from tests.docker.project import Project, watched
 
 MODEL = "DeepSeek-V3.2"
 GRACE_SECONDS = 60
@@ -32,7 +34,17 @@ def test_each_stage_finished_before_the_next(stack: Project) -> None:
         "download": "exited (0)",
         "convert": "exited (0)",
         "serve": "running",
+        "status": "running",
     }
+
+
+def test_the_status_service_told_the_truth_all_the_way(stack: Project) -> None:
+    told = stack.told
+    assert told[-1] == (200, "ready")
+    assert {status for status, _ in told[:-1]} == {503}
+    states = [state for _, state in told]
+    assert "loading" in states
+    assert not any(state.startswith("failed") for state in states), states
 
 
 def test_answers_a_chat_completion(stack: Project) -> None:
@@ -65,11 +77,35 @@ def test_health_tells_the_state(stack: Project) -> None:
         assert "cannot write the state" not in stack.logs(stage)
 
 
-def test_the_client_service_asks_from_inside(stack: Project) -> None:
-    client = Project(
-        stack.engine, stack.name, {**stack.variables, "KT_SMOKE_MAX_TOKENS": "8"}, stack.files
+def test_make_chat_asks_from_inside(stack: Project) -> None:
+    chat = stack.with_files(KT_SMOKE_MAX_TOKENS="8").make("-s", "chat", "WITH=cpu")
+    assert chat.stdout.strip()
+
+
+def test_make_ps_lists_the_stages(stack: Project) -> None:
+    lines = stack.make("-s", "ps", "WITH=cpu").stdout.splitlines()
+    serve = next(line for line in lines if f"{stack.name}-serve-1" in line)
+    assert "(healthy)" in serve
+    assert any(f"{stack.name}-convert-1" in line and "Exited (0)" in line for line in lines)
+
+
+def test_a_router_before_a_server_of_another_host(
+    stack: Project, project: Callable[..., Project]
+) -> None:
+    """The published port of this host stands for the other; the second address is of none."""
+    bridge = stack.client.networks.get("bridge").attrs["IPAM"]["Config"][0]
+    address = bridge.get("Gateway") or str(next(ip_network(bridge["Subnet"]).hosts()))
+    front = project(
+        "compose/replicas.yml",
+        WORKER_URLS=f"http://{address}:{stack.port} http://{address}:9",
     )
-    assert client.compose("run", "--rm", "--no-deps", "-T", "client").stdout.strip()
+    front.port = stack.port + 5
+    front.up("router")
+    front.wait_until_healthy("router")
+    assert front.states() == {"router": "running"}
+    with front.api() as api:
+        answer = api.post("/v1/chat/completions", json=question(False)).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"]
 
 
 def test_serves_as_an_ordinary_user_on_a_read_only_root(stack: Project) -> None:
@@ -113,6 +149,16 @@ def test_the_image_has_no_compiler_and_no_installer(stack: Project) -> None:
     assert "_Packages" not in listing
 
 
+def test_what_was_pruned_is_not_missed(stack: Project) -> None:
+    """The packages that docker/prune.sh takes files from, as far as they load without a GPU."""
+    code = "import cutlass.cute, pandas, pyarrow.dataset, scipy.stats, torch, triton.profiler"
+    answer = stack.container("serve").exec_run(["python", "-c", code])
+    assert answer.exit_code == 0, answer.output.decode()
+    names = ("_cutlass_ir*cu12*", "libcupti_static.a", "libcusolverMg*")
+    left = "find /opt/venv " + " -o ".join(f"-name '{name}'" for name in names)
+    assert stack.container("serve").exec_run(["sh", "-c", left]).output == b""
+
+
 def test_nothing_of_the_build_network_stays(
     stack: Project, build_variables: dict[str, str]
 ) -> None:
@@ -128,20 +174,32 @@ def test_nothing_of_the_build_network_stays(
     assert found.output.decode().count("No such file") >= 3
 
 
-def test_down_and_up_again_goes_straight_to_serving(stack: Project, measured: list[str]) -> None:
+def test_make_down_and_up_again_goes_straight_to_serving(
+    stack: Project, measured: list[str]
+) -> None:
     before = {name: stack.digests(name) for name in ("models", "weights")}
     assert before["weights"]
-    stack.down()
+    stack.make("down", "WITH=cpu")
+    assert stack.states() == {}
     started = time.monotonic()
-    stack.up()
-    until_serve = time.monotonic() - started
+    stack.make("up-cpu")
     assert {name: stack.digests(name) for name in before} == before
     assert "downloading" not in stack.logs("download").lower()
-    stack.wait_until_healthy()
-    measured.append(
-        f"warm up: serve starts after {until_serve:.0f} s, "
-        f"healthy after {time.monotonic() - started:.0f} s"
-    )
+    measured.append(f"warm up, until healthy: {time.monotonic() - started:.0f} s")
+    with stack.api() as api:
+        assert api.post("/v1/chat/completions", json=question(False)).status_code == 200
+
+
+def test_comes_back_after_a_crash(stack: Project, measured: list[str]) -> None:
+    started = time.monotonic()
+    with watched(stack) as told:
+        stack.crash("serve")
+        stack.wait_until_restarted("serve")
+        stack.wait_until_healthy()
+    measured.append(f"crash: healthy again after {time.monotonic() - started:.0f} s")
+    assert told[-1] == (200, "ready")
+    assert (503, "loading") in told
+    assert all(status == 503 for status, state in told if state != "ready")
     with stack.api() as api:
         assert api.post("/v1/chat/completions", json=question(False)).status_code == 200
 
