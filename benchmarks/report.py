@@ -28,6 +28,8 @@ RESULTS = ROOT / "docs" / "performance"
 
 #: Up to this many tokens a call is held against the read bandwidth, above it against the peak.
 _MOST_DECODE_TOKENS = 32
+#: A larger spread of the rounds (interquartile range over median) is shown beside the time.
+_STEADY = 0.1
 _ISA_NAMES = {"avx2": "AVX2", "avx512_vnni": "AVX-512 VNNI", "amx": "AMX"}
 
 Json = dict[str, Any]
@@ -139,6 +141,8 @@ def _number(value: float) -> str:
 
 def _cell(cell: Json, measured: Limits) -> str:
     milliseconds = f"{_number(cell['ms'])} ms"
+    if cell["spread"] > _STEADY:
+        milliseconds += f" ±{cell['spread']:.0%}"
     if cell["tokens"] <= _MOST_DECODE_TOKENS:
         return f"{milliseconds}, {cell['weights GB/s'] / measured.read.best:.0%}"
     share = cell["GOP/s"] / measured.peak[1]

@@ -1,0 +1,160 @@
+"""Results to Markdown, and that the document's tables are those of its result files."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from benchmarks import report
+from benchmarks.errors import BenchmarkError
+
+
+def cell(tokens: int, ms: float, reads: float, gops: float, ratio: float) -> dict:
+    return {
+        "tokens": tokens,
+        "ms": ms,
+        "spread": 0.01,
+        "weights GB/s": reads,
+        "GOP/s": gops,
+        "ratio to ours": ratio,
+    }
+
+
+RESULT = {
+    "schema": report.SCHEMA,
+    "date": "2026-01-02",
+    "command": "python -m benchmarks.bench_moe",
+    "quick": False,
+    "machine": {
+        "cpu": "CPU",
+        "cpus": 2,
+        "last_level_cache_bytes": 32 << 20,
+        "memory_bytes": 1,
+        "kernel": "6.1",
+    },
+    "experts": 32,
+    "runs": [
+        {
+            "threads": 2,
+            "limits": {
+                "threads": 2,
+                "read": {"best": 40.0, "median": 39.0, "spread": 0.01},
+                "int8": {
+                    "avx2": {"best": 400.0, "median": 399.0, "spread": 0.0},
+                    "avx512_vnni": {"best": 1000.0, "median": 990.0, "spread": 0.0},
+                },
+            },
+            "engines": [
+                {
+                    "key": "ours-int4",
+                    "label": "ours INT4",
+                    "class": 4,
+                    "bits": 4.125,
+                    "runs_on": "avx2",
+                    "version": "this checkout",
+                    "error": {"gaussian": 0.1379, "t5": 0.1701},
+                    "cells": [cell(1, 8.234, 30.0, 85.0, 1.0), cell(128, 500.4, 1.0, 250.0, 1.0)],
+                },
+                {
+                    "key": "rival",
+                    "label": "rival X",
+                    "class": 4,
+                    "bits": 4.5,
+                    "runs_on": "AVX2",
+                    "version": "0.1",
+                    "error": {"gaussian": 0.1246, "t5": 0.146},
+                    "cells": [cell(1, 16.5, 15.0, 43.0, 2.004)],
+                    "too slow": {"128": 12.3},
+                },
+                {
+                    "key": "gone",
+                    "label": "rival Y",
+                    "class": 4,
+                    "unavailable": "needs AVX-512",
+                },
+            ],
+        }
+    ],
+}
+
+
+def test_shares_are_of_reads_when_few_tokens_and_of_the_peak_when_many():
+    text = report.render([RESULT])
+    row = next(line for line in text.splitlines() if line.startswith("| **ours INT4**"))
+    assert row == (
+        "| **ours INT4** | 8.23 ms, 75% | 500 ms, 250 GOP/s, 25% | 4.12 | 0.138 / 0.170 |"
+    )
+
+
+def test_ratios_and_what_was_not_measured_are_shown():
+    text = report.render([RESULT])
+    assert "| rival X | 16.5 ms, 38% | (about 12 s) | 4.50 | 0.125 / 0.146 |" in text
+    assert "| rival X | 2.00 |  |" in text
+    assert "- rival Y: **not measured**: needs AVX-512" in text
+    assert "quick" not in text
+
+
+def test_rounds_that_differ_are_shown_to_differ():
+    result = copy.deepcopy(RESULT)
+    result["runs"][0]["engines"][0]["cells"][0]["spread"] = 0.237
+    assert "| **ours INT4** | 8.23 ms ±24%, 75% | 500 ms, 250 GOP/s" in report.render([result])
+
+
+def test_a_quick_run_is_called_one():
+    assert "A quick run" in report.render([RESULT | {"quick": True}])
+
+
+def test_an_engine_that_stopped_keeps_its_cells_and_its_reason():
+    result = copy.deepcopy(RESULT)
+    result["runs"][0]["engines"][1]["unavailable"] = "its process ended with signal SIGILL"
+    text = report.render([result])
+    assert "| rival X | 16.5 ms, 38%" in text
+    assert "- rival X 0.1: **not measured**: its process ended with signal SIGILL" in text
+
+
+def test_only_marked_parts_of_the_document_change(tmp_path):
+    (tmp_path / "here.json").write_text(json.dumps(RESULT))
+    document = (
+        "a\n<!-- results here -->\nold\n<!-- end -->\nb\n<!-- results gone -->\n<!-- end -->\n"
+    )
+    filled = report.fill(document, tmp_path)
+    assert filled.startswith("a\n<!-- results here -->\n\nCPU, 2 CPUs")
+    assert "old" not in filled
+    assert f"![Roofline]({tmp_path.name}/here.png)\n\n<!-- end -->\nb\n" in filled
+    assert filled.endswith("<!-- results gone -->\n\n*Not measured yet.*\n\n<!-- end -->\n")
+    assert report.fill(filled, tmp_path) == filled
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "has schema None, expected 1"),
+        ('{"schema": 0}', "has schema 0, expected 1"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_file_that_is_not_a_result_is_one_clear_error(tmp_path, content, message):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BenchmarkError, match=message):
+        report.load(path)
+
+
+def test_the_document_shows_what_its_result_files_say():
+    document = report.DOCUMENT.read_text()
+    assert report.fill(document, report.RESULTS) == document, (
+        "docs/performance.md is stale: run python -m benchmarks.report --write"
+    )
+
+
+def test_every_result_file_is_shown_with_its_plot():
+    files = sorted(report.RESULTS.glob("*.json"))
+    assert files
+    document = report.DOCUMENT.read_text()
+    for path in files:
+        assert f"<!-- results {path.stem} -->" in document
+        assert path.with_suffix(".png").is_file()
