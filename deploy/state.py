@@ -23,6 +23,7 @@ from pathlib import Path
 from deploy.progress import gigabytes
 from deploy.report import say
 from deploy.setting import AUTO
+from kt_kernel.loading import PROGRESS_VARIABLE
 
 #: Stages that have a state; the others are over in a moment.
 STATEFUL = ("download", "convert", "serve")
@@ -30,8 +31,7 @@ DONE, FAILED, READY = "done", "failed", "ready"
 PROGRESS_SECONDS = 5.0
 #: A reader holds the lock for a moment; another stage holds it longer.
 LOCK_SECONDS = 0.5
-#: Tells the server that ``serve`` becomes where its state is; no setting, set by ``serve`` alone.
-_SERVER_STATE = "_KT_SERVER_STATE"
+_LAYERS_FILE = "serve-layers.json"  # written by kt_kernel while it loads
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,19 @@ def read_state(directory: Path, stage: str) -> State | None:
     try:
         found = json.loads((directory / f"{stage}.json").read_bytes())
         known = {name: found[name] for name in State.__dataclass_fields__ if name in found}
-        return State(**known)
+        state = State(**known)
     except (OSError, ValueError, TypeError):
         return None
+    return _with_layers(directory, state) if state.phase == "loading" else state
+
+
+def _with_layers(directory: Path, state: State) -> State:
+    """The state of a server that loads, with what kt_kernel says of it."""
+    try:
+        found = json.loads((directory / _LAYERS_FILE).read_bytes())
+        return replace(state, done=int(found["done"]), total=int(found["total"]), unit="layers")
+    except (OSError, ValueError, TypeError, KeyError):
+        return state
 
 
 def write_state(directory: Path, state: State) -> None:
@@ -186,17 +196,6 @@ def write_state(directory: Path, state: State) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def report_layers_loaded(done: int, total: int) -> None:
-    """Say how far the loading is, in a server that ``serve`` has become; elsewhere nothing."""
-    directory = Path(os.environ.get(_SERVER_STATE, os.devnull))
-    state = read_state(directory, "serve")
-    if state is None or state.phase != "loading":
-        return
-    with suppress(OSError):
-        progress = replace(state, done=done, total=total, unit="layers", updated=time.time())
-        write_state(directory, progress)
 
 
 class StageState:
@@ -225,8 +224,13 @@ class StageState:
         self._write(phase=phase, message=message, done=None, total=None, unit="")
 
     def for_server(self) -> dict[str, str]:
-        """Environment in which a program that this process becomes goes on with the state."""
-        return {} if self._silent else {_SERVER_STATE: str(self._directory)}
+        """Environment in which the server that this process becomes says how far it has loaded."""
+        if self._silent:
+            return {}
+        path = self._directory / _LAYERS_FILE
+        with suppress(OSError):
+            path.unlink()  # an earlier server's
+        return {PROGRESS_VARIABLE: str(path)}
 
     def fail(self, reason: str) -> None:
         """Say why the stage ended."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from kt_kernel import packed
+
+#: Environment variable that names a file for the number of layers loaded so far and of the model.
+#: ``entrypoint.py serve`` sets it, and its ``health`` reads the file.
+PROGRESS_VARIABLE = "KT_LOAD_PROGRESS_FILE"
 
 
 class LoadProgress:
@@ -32,6 +38,7 @@ class LoadProgress:
         if not self.done:
             self._first = started
         self.done.add(layer_idx)
+        self._publish()
         seconds = max(ended - started, 1e-9)
         text = f"layer {layer_idx}: {len(self.done)}"
         if self.total:
@@ -42,6 +49,16 @@ class LoadProgress:
             # Other work between the layers counts: it will take place between those to come, too.
             text += f", ETA {(ended - self._first) / len(self.done) * left:.0f} s"
         return text
+
+    def _publish(self) -> None:
+        """Write the file of ``PROGRESS_VARIABLE``, whole or not at all; best effort."""
+        name = os.environ.get(PROGRESS_VARIABLE)
+        if not name or not self.total:
+            return
+        partial = Path(f"{name}.partial")
+        with suppress(OSError):
+            partial.write_text(json.dumps({"done": len(self.done), "total": self.total}))
+            partial.replace(name)
 
 
 @functools.cache

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deploy.state import report_layers_loaded
 from kt_kernel import _ext, packed
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
@@ -182,11 +181,10 @@ class KTMoEWrapper:
             self._layer.load_file(str(path), offsets, tables, sources)
         except RuntimeError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        progress = load_progress(path.parent)
-        line = progress.line(self.layer_idx, self._layer.weight_bytes, started, time.monotonic())
+        line = load_progress(path.parent).line(
+            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
+        )
         logger.info("kt_kernel: %s", line)
-        if progress.total:
-            report_layers_loaded(len(progress.done), progress.total)
 
     def load_weights_from_tensors(
         self,

@@ -26,11 +26,11 @@ from deploy.state import (
     StageState,
     State,
     read_state,
-    report_layers_loaded,
     run_directory,
     write_state,
 )
 from deploy.status import listen, overall_state
+from kt_kernel.loading import LoadProgress
 from tests.entrypoint.helpers import LocalHub, Prepared, clean_environment, command, run
 
 
@@ -130,19 +130,21 @@ def test_progress_is_kept_while_the_work_runs(
 def test_a_server_says_how_far_it_has_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "serve-layers.json").write_text('{"done": 58, "total": 58}')
     state = StageState(tmp_path, "serve")
     state.set("loading")
-    report_layers_loaded(1, 58)
-    assert health(tmp_path) == (1, "loading"), "only a process that `serve` has become may say"
     for name, value in state.for_server().items():
         monkeypatch.setenv(name, value)
-    report_layers_loaded(17, 58)
+    assert health(tmp_path) == (1, "loading"), "told the progress of an earlier server"
+    progress = LoadProgress(58)
+    for layer in range(3, 20):
+        progress.line(layer, 1, 0.0, 1.0)
     assert health(tmp_path) == (1, "loading 17 of 58 layers")
     state.set("ready")
-    report_layers_loaded(58, 58)
     found = read_state(tmp_path, "serve")
     assert found is not None
     assert found.phase == "ready"
+    assert found.total is None
 
 
 def test_a_directory_that_cannot_be_written(

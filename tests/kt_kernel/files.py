@@ -53,3 +53,23 @@ def write_layer(
     path = folder / packed.layer_file_name(layer_idx)
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
     return path
+
+
+def write_random_layer(folder: Path, layout: PackedLayout) -> None:
+    """The file of layer 0 with codes that stand for no weights: quick, where only bytes matter."""
+    rng = np.random.default_rng(0)
+    entries, begin = {}, 0
+    for name, spec in layout.tensors().items():
+        span = [begin, begin + spec.nbytes]
+        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
+        begin += spec.nbytes
+    header = json.dumps({"__metadata__": layout.metadata(0), **entries}).encode()
+    with (folder / packed.layer_file_name(0)).open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, spec in layout.tensors().items():
+            if name == "tables":
+                file.write(_ext.int4_tables().tobytes())
+            elif name.endswith("scales"):
+                file.write(np.full(spec.shape, 0x38D2, np.uint16).tobytes())  # bf16 of 1e-4
+            else:
+                file.write(rng.bytes(spec.nbytes))

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.bench_layer import write_random_layer
 from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
 from kt_kernel.loading import LoadProgress
-from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.kt_kernel.files import LAYOUTS, write_layer, write_random_layer
 
 
 def test_progress_lines() -> None:

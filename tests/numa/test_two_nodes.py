@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_layer import write_random_layer
 from kt_kernel import packed
+from tests.kt_kernel.files import write_random_layer
 
 ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-system-x86_64")
