@@ -8,7 +8,7 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo test test-fast numa-test ci lint types docs docs-check bench lock \
+.PHONY: compose-there help venv demo test test-fast numa-test amx-test ci lint types docs docs-check bench lock \
         download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu down logs ps chat
 
 help: ## list the targets
@@ -117,6 +117,17 @@ numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs th
 	  { echo "error: no qemu-system-x86_64 found: install the package qemu-system-x86" >&2; exit 2; }
 	tests/numa/get_kernel.sh
 	$(BIN)/python -m pytest tests/numa
+
+# PyTorch brings pybind11's headers along; python -m pybind11 would be the package's own.
+HOST_BUILD := build/host
+amx-test: ## on a machine with AMX and PYTHON's torch, numpy, safetensors and pytest: kernel tests, then times; no network
+	cmake -S . -B $(HOST_BUILD) -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
+	  -DPYBIND11_HEADERS=$$($(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent / "include")')
+	cmake --build $(HOST_BUILD) --parallel
+	cp $(HOST_BUILD)/_ext*.so kt_kernel/
+	$(PYTHON) -c 'from kt_kernel import _ext; f = dict(_ext.cpu_features()); f["amx_permitted"] or exit("error: this CPU or kernel gives no AMX tiles: " + str(f))'
+	$(PYTHON) -m pytest tests/kernels tests/amx tests/kt_kernel/test_wrapper.py
+	$(PYTHON) -m benchmarks.bench_moe --no-rivals --experts 64
 
 lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
 	$(BIN)/ruff check .

@@ -30,7 +30,12 @@ RESULTS = ROOT / "docs" / "performance"
 _MOST_DECODE_TOKENS = 32
 #: A larger spread of the rounds (interquartile range over median) is shown beside the time.
 _STEADY = 0.1
-_ISA_NAMES = {"avx2": "AVX2", "avx512_vnni": "AVX-512 VNNI", "amx": "AMX"}
+_ISA_NAMES = {
+    "avx2": "AVX2",
+    "avx512_vnni": "AVX-512 VNNI",
+    "amx": "AMX",
+    "amx_loaded": "AMX with operands loaded from cache",
+}
 
 Json = dict[str, Any]
 

@@ -13,6 +13,7 @@ from deploy.checks import Result, Situation, Status
 from deploy.needs import marker_of
 from deploy.progress import bytes_present, gigabytes
 from deploy.state import run_directory
+from kt_kernel.host import huge_page_mode
 from kt_kernel.packed import KT_METHODS
 
 #: NCCL's and torch's shared memory for several GPUs; with one, little is used.
@@ -123,7 +124,7 @@ def check_locked_memory(situation: Situation) -> Iterator[Result]:
 
 def check_huge_pages(situation: Situation) -> Iterator[Result]:
     """The kernel may back the weights with huge pages, for which the program asks."""
-    mode = limits.huge_page_mode(situation.root)
+    mode = huge_page_mode(situation.root)
     good = mode in ("always", "madvise") or situation.is_small
     yield Result(
         "huge-pages",

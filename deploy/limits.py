@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.machine import ancestors, parse_cpu_list
+from deploy.machine import parse_cpu_list
+from kt_kernel.host import ancestors
 
 _SYS_MBIND = 237  # x86-64
 _MPOL_DEFAULT = 0
@@ -108,12 +109,6 @@ def online_cpus(root: Path = Path("/")) -> int:
         return len(parse_cpu_list(_text(root / "sys/devices/system/cpu/online")))
     except ValueError:
         return 0
-
-
-def huge_page_mode(root: Path = Path("/")) -> str:
-    """Mode of transparent huge pages: ``always``, ``madvise`` or ``never``; empty if unknown."""
-    text = _text(root / "sys/kernel/mm/transparent_hugepage/enabled")
-    return text.partition("[")[2].partition("]")[0]
 
 
 def locked_memory_limit() -> int | None:

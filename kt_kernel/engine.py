@@ -7,10 +7,9 @@ import logging
 import math
 import os
 
-from deploy.limits import huge_page_mode
-from deploy.machine import read_cpu_quota
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
+from kt_kernel.host import huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
 

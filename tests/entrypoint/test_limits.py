@@ -11,6 +11,7 @@ import pytest
 
 from deploy import limits
 from deploy.limits import read_memory, read_memory_limit
+from kt_kernel.host import huge_page_mode
 from tests.entrypoint.fake_machine import GIB, host, write
 
 
@@ -37,7 +38,7 @@ def test_a_silent_kernel(tmp_path: Path) -> None:
     memory = read_memory(tmp_path)
     assert (memory.total, memory.limit, memory.nodes) == (0, None, {})
     assert limits.online_cpus(tmp_path) == 0
-    assert limits.huge_page_mode(tmp_path) == ""
+    assert huge_page_mode(tmp_path) == ""
     assert limits.shared_memory(tmp_path) == (0, False)
 
 
@@ -88,7 +89,7 @@ def test_memory_limit(tmp_path: Path, files: dict[str, str], limit: int | None) 
 def test_huge_page_mode(tmp_path: Path, mode: str) -> None:
     words = [f"[{word}]" if word == mode else word for word in ("always", "madvise", "never")]
     write(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": " ".join(words) + "\n"})
-    assert limits.huge_page_mode(tmp_path) == mode
+    assert huge_page_mode(tmp_path) == mode
 
 
 def test_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from deploy.machine import (
     count_numa_nodes,
     find_gpu,
     parse_cpu_list,
-    read_cpu_quota,
     survey,
 )
+from kt_kernel.host import read_cpu_quota
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

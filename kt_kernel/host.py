@@ -1,0 +1,60 @@
+"""What the host grants this process that C++ need not know: CPU time and huge pages.
+
+``root`` is where ``/proc`` and ``/sys`` are, for tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def read_cpu_quota(root: Path = Path("/")) -> float | None:
+    """CPUs' worth of time that the control groups grant this process, None if unlimited."""
+    groups = root / "sys/fs/cgroup"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers == "":
+            limits += [_quota_v2(folder / "cpu.max") for folder in ancestors(groups, group)]
+        elif "cpu" in controllers.split(","):
+            for mount in (groups / "cpu", groups / controllers):
+                limits += [_quota_v1(folder) for folder in ancestors(mount, group)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def ancestors(mount: Path, group: str) -> list[Path]:
+    """The folder of a control group and those above it, up to the mount."""
+    parts = [part for part in group.split("/") if part and part != ".."]
+    return [mount.joinpath(*parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _quota_v2(file: Path) -> float | None:
+    try:
+        quota, period = file.read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+    except (OSError, ValueError):
+        return None
+    return None if quota <= 0 else quota / period
+
+
+def huge_page_mode(root: Path = Path("/")) -> str:
+    """Mode of transparent huge pages: ``always``, ``madvise`` or ``never``; empty if unknown."""
+    try:
+        text = (root / "sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return ""
+    return text.partition("[")[2].partition("]")[0]
