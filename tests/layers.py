@@ -19,6 +19,7 @@ class RandomLayer:
 
     def __init__(self, shape: LayerShape, seed: int = 0, student_t: bool = False) -> None:
         self.shape = shape
+        self._packed: dict[str, dict[int, tuple[np.ndarray, ...]]] = {}
         rng = np.random.default_rng(seed)
         e, _, h, i = shape
 
@@ -52,9 +53,12 @@ class RandomLayer:
         }
 
     def packed(self, method: str) -> dict[int, tuple[np.ndarray, ...]]:
-        """The experts that the packed weights stand for."""
-        how = packed.KT_METHODS[method]
+        """The experts that the packed weights stand for, packed once for each method."""
+        if method not in self._packed:
+            self._packed[method] = self._pack(packed.KT_METHODS[method])
+        return self._packed[method]
 
+    def _pack(self, how: str) -> dict[int, tuple[np.ndarray, ...]]:
         def through(w: torch.Tensor) -> np.ndarray:
             bits = w.contiguous().view(torch.uint16).numpy()
             return reference.dequantize(
