@@ -16,6 +16,13 @@ def resolve_target(name: str) -> str:
 def assume_target_supported(name: str) -> None:
     """For tests that emulate a target's instructions: let it run when it is named."""
 
+def replace_target(address: int) -> None:
+    """For tests that compile a target otherwise: run it in place of the built one, when named.
+
+    Args:
+        address: of its ``Kernels`` (csrc/targets/kernels.h), in a library that stays loaded.
+    """
+
 def cpu_features() -> list[tuple[str, bool]]: ...
 def cpu_brand() -> str: ...
 def allowed_cpus() -> list[tuple[int, int, int]]:

@@ -20,6 +20,10 @@ void bind_machine(py::module_& module) {
       "resolve_target", [](const std::string& name) { return std::string(find_target(name).name); },
       py::arg("name"));
   module.def("assume_target_supported", &assume_target_supported, py::arg("name"));
+  module.def(
+      "replace_target",
+      [](uintptr_t address) { replace_target(*reinterpret_cast<const Kernels*>(address)); },
+      py::arg("address"));
   module.def("cpu_features", [] { return list_features(); });
   module.def("cpu_brand", [] { return cpu_features().brand; });
   module.def("allowed_cpus", [] {

@@ -39,18 +39,24 @@ std::vector<Target>& target_list() {
   return list;
 }
 
+Target& target_named(const std::string& name) {
+  for (Target& target : target_list())
+    if (name == target.kernels->name) return target;
+  fail_argument("target '", name, "' is unknown");
+}
+
 }  // namespace
 
 const std::vector<Target>& targets() { return target_list(); }
 
 void assume_target_supported(const std::string& name) {
-  for (Target& target : target_list()) {
-    if (name != target.kernels->name) continue;
-    target.automatic = target.automatic && target.supported;
-    target.supported = true;
-    return;
-  }
-  fail_argument("target '", name, "' is unknown");
+  Target& target = target_named(name);
+  target.automatic = target.automatic && target.supported;
+  target.supported = true;
+}
+
+void replace_target(const Kernels& kernels) {
+  target_named(kernels.name) = {&kernels, true, false};
 }
 
 const Kernels& find_target(const std::string& name) {

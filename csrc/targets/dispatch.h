@@ -21,6 +21,10 @@ const std::vector<Target>& targets();
 // std::invalid_argument for an unknown name.
 void assume_target_supported(const std::string& name);
 
+// Tests that compile a target otherwise run it in place of the built one of its name: from then on,
+// when it is named. Throws std::invalid_argument for an unknown name.
+void replace_target(const Kernels& kernels);
+
 // The target of that name, or the best one for "". Throws std::invalid_argument for a name that is
 // unknown or that this machine cannot run, with the list of those it can.
 const Kernels& find_target(const std::string& name);
