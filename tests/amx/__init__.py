@@ -1,1 +1,1 @@
-"""AMX kernels on a CPU without AMX: the same machine code, its tile instructions emulated."""
+"""AMX kernels on a CPU without AMX, and how many tile instructions they take."""

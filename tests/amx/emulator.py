@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import subprocess
-import tempfile
 from pathlib import Path
 
 from kt_kernel import _ext
+from tests import shared_library
 
-SOURCE = Path(__file__).with_name("emulator.cpp")
-COUNTERS = ("loadconfig", "storeconfig", "release", "zero", "load", "store", "product")
+FOLDER = Path(__file__).parent
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The emulator's library, compiled once for each state of its source."""
-    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-    built = Path(tempfile.gettempdir()) / f"kt-amx-emulator-{digest}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-            fresh = Path(folder) / built.name
-            options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-Wall", "-Wextra"]
-            subprocess.run(["g++", *options, str(SOURCE), "-o", str(fresh)], check=True)
-            fresh.replace(built)
-    return ctypes.CDLL(str(built))
+    sources = [FOLDER / "emulator.cpp", FOLDER / "programs.cpp"]
+    return shared_library.load("amx-emulator", sources, ["-O2"], FOLDER.glob("*.h"))
 
 
 def is_native() -> bool:
@@ -41,15 +30,13 @@ def can_emulate() -> bool:
 
 
 @functools.cache
+def catch_instructions() -> None:
+    """Make tile instructions work in this process."""
+    if not is_native() and library().install() != 0:
+        raise OSError("sigaction(SIGILL) failed")
+
+
 def install() -> None:
     """Make the amx target run in this process."""
-    if library().install() != 0:
-        raise OSError("sigaction(SIGILL) failed")
+    catch_instructions()
     _ext.assume_target_supported("amx")
-
-
-def counts() -> dict[str, int]:
-    """Emulated instructions by kind, since the process started."""
-    values = (ctypes.c_int64 * len(COUNTERS))()
-    library().read_counts(values)
-    return dict(zip(COUNTERS, values, strict=True))

@@ -1,51 +1,34 @@
-"""How many tile instructions a layer call takes: the closed form of its blocking."""
+"""How many tile instructions a layer call takes, against the closed form of its blocking."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.amx import emulator
-from tests.layers import RandomLayer, random_batch
-from tests.shapes import LayerShape
+from tests.amx import closed_form, tile_unit
 
 pytestmark = pytest.mark.skipif(
-    emulator.is_native() or not emulator.can_emulate(),
-    reason="counts instructions while emulating them: for a CPU with AVX-512 VNNI and no AMX",
+    not tile_unit.COUNTS, reason=tile_unit.ABSENT or "the CPU's own tile unit counts nothing"
 )
 
+#: One block of tokens, two, part of a third; sizes within a slab and beyond one and two.
+CASES = [
+    *((tokens, 256, 192) for tokens in (13, 16, 17, 32, 33, 100)),
+    (33, 1024, 64),
+    (33, 1088, 64),
+    (17, 64, 2112),
+    (300, 64, 1088),
+]
 
-@pytest.mark.parametrize("tokens", [13, 16, 17, 32, 33, 100])
-def test_products_and_loads(monkeypatch: pytest.MonkeyPatch, method: str, tokens: int) -> None:
-    """ceil(M/16) x N/16 x K/64 products, at most one load for each, stores once for each result."""
-    emulator.install()
+
+@pytest.mark.parametrize(("tokens", "hidden", "intermediate"), CASES)
+def test_as_many_as_the_closed_form(
+    monkeypatch: pytest.MonkeyPatch, method: str, tokens: int, hidden: int, intermediate: int
+) -> None:
     monkeypatch.setenv("KT_TARGET", "amx")
-    shape = LayerShape(1, 1, 256, 192)
-    wrapper = RandomLayer(shape).wrapper(method)
-    before = emulator.counts()
-    wrapper.forward(*random_batch(shape, tokens), 0)
-    used = {kind: after - before[kind] for kind, after in emulator.counts().items()}
-    blocks = -(-tokens // 16)
-    panels = {"gate_up": (2 * 192 // 16, 256 // 64), "down": (256 // 16, 192 // 64)}
-    results = blocks * sum(n for n, _ in panels.values())
-    assert used["product"] == blocks * sum(n * k for n, k in panels.values())
-    assert used["store"] == used["zero"] == results
-    # Two panels share the loads of a row block, two row blocks those of the panels.
-    full, single = divmod(blocks, 2)
-    steps = sum(n // 2 * k for n, k in panels.values())
-    assert used["load"] == steps * (4 * full + 3 * single)
-    assert (
-        used["load"] <= 1.5 * used["product"]
-        if full == 0
-        else used["load"] <= used["product"] * 1.25
-    )
-    assert used["loadconfig"] == used["release"]
+    found = closed_form.counted(tokens, hidden, intermediate, method)
+    assert found == closed_form.layer(tokens, hidden, intermediate, method)
 
 
 def test_few_tokens_take_the_vector_kernels(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    emulator.install()
     monkeypatch.setenv("KT_TARGET", "amx")
-    shape = LayerShape(1, 1, 256, 192)
-    wrapper = RandomLayer(shape).wrapper(method)
-    before = emulator.counts()
-    wrapper.forward(*random_batch(shape, 4), 0)
-    assert emulator.counts() == before
+    assert closed_form.counted(closed_form.MIN_TOKENS - 1, 256, 192, method) == {}

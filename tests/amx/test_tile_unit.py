@@ -1,4 +1,5 @@
-"""The emulator against the manual's pseudo-code, in NumPy. On a CPU with AMX this tests the CPU."""
+"""Tile instructions against the manual's pseudo-code, in NumPy: the CPU's or the emulator's, and
+what stands in for their intrinsics."""
 
 from __future__ import annotations
 
@@ -7,28 +8,30 @@ import ctypes
 import numpy as np
 import pytest
 
+from tests import portable_isa
 from tests.amx import emulator
 
-pytestmark = pytest.mark.skipif(
-    not (emulator.is_native() or emulator.can_emulate()), reason="needs AVX-512 VNNI"
-)
+needs_simde = pytest.mark.skipif(not portable_isa.can_build(), reason=portable_isa.NEEDS)
+
+
+@pytest.fixture(params=["instructions", pytest.param("stand-ins", marks=needs_simde)])
+def unit(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """programs.cpp."""
+    if request.param == "stand-ins":
+        return portable_isa.library()
+    emulator.catch_instructions()
+    return emulator.library()
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-@pytest.fixture(autouse=True)
-def tiles() -> None:
-    if not emulator.is_native():
-        emulator.install()
-
-
 @pytest.mark.parametrize("kind", range(4), ids=["ss", "su", "us", "uu"])
 @pytest.mark.parametrize(
     ("m", "n", "k4", "gap"), [(16, 16, 16, 0), (1, 1, 1, 0), (5, 7, 3, 24), (16, 3, 16, 64)]
 )
-def test_product(kind: int, m: int, n: int, k4: int, gap: int) -> None:
+def test_product(unit: ctypes.CDLL, kind: int, m: int, n: int, k4: int, gap: int) -> None:
     """c[m, n] += sum over k, j of a[m, 4 k + j] * b[k, 4 n + j], modulo 2^32."""
     rng = np.random.default_rng(kind)
     a = rng.integers(0, 256, (m, 4 * k4 + gap), dtype=np.uint8)
@@ -41,7 +44,7 @@ def test_product(kind: int, m: int, n: int, k4: int, gap: int) -> None:
     right = right.transpose(0, 2, 1).reshape(4 * k4, n)
     want = c.copy()
     want[:, :n] = (c[:, :n].astype(np.int64) + left @ right).astype(np.int32)
-    emulator.library().run_product(
+    unit.run_product(
         kind,
         m,
         n,
@@ -56,16 +59,14 @@ def test_product(kind: int, m: int, n: int, k4: int, gap: int) -> None:
     assert np.array_equal(c, want)
 
 
-def test_configuration() -> None:
+def test_configuration(unit: ctypes.CDLL) -> None:
     config, loaded, released = (np.full(64, 255, np.uint8) for _ in range(3))
     config[:] = 0
     config[0] = 1
     config[16:32].view(np.uint16)[:] = [64, 60, 4, 64, 8, 12, 16, 64]
     config[48:56] = [16, 1, 2, 16, 8, 7, 6, 5]
     zeroed = np.full((16, 64), 7, np.uint8)
-    emulator.library().run_config(
-        address(config), address(loaded), address(released), address(zeroed)
-    )
+    unit.run_config(address(config), address(loaded), address(released), address(zeroed))
     assert np.array_equal(loaded, config)
     assert not released.any()
     assert not zeroed.any()

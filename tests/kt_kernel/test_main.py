@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from kt_kernel import _ext
-from tests.conftest import EMULATES_AMX, INTEGER_TARGETS
+from tests.conftest import INTEGER_TARGETS, NATIVE
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -44,8 +44,7 @@ def test_features_are_the_kernels_own() -> None:
 
 
 def test_target_can_be_forced_and_must_be_known() -> None:
-    native = [name for name in INTEGER_TARGETS if not (name == "amx" and EMULATES_AMX)]
-    for target in native:
+    for target in set(INTEGER_TARGETS) & set(NATIVE):
         assert f"target:             {target}\n" in run("-m", "kt_kernel", KT_TARGET=target).stdout
     result = run("-m", "kt_kernel", KT_TARGET="amx512")
     assert result.returncode == 2
