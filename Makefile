@@ -8,8 +8,9 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo test test-fast numa-test amx-test ci lint types docs docs-check bench lock \
-        download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu down logs ps chat
+.PHONY: compose-there help venv demo test test-fast numa-test amx-test amx-report ci lint types docs docs-check \
+        bench lock download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu \
+        down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -155,6 +156,9 @@ bench: venv $(VENV)/.bench ## time one MoE layer beside rivals and the machine's
 	mkdir -p .cache/benchmarks
 	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick) \
 	  --json .cache/benchmarks/moe.json --plot .cache/benchmarks/moe.png
+
+amx-report: venv ## tile instructions of AMX layer calls, counted beside their closed form
+	$(BIN)/python -m tests.amx.report
 
 ci: lint types docs-check test ## what CI runs
 
