@@ -14,7 +14,9 @@ IS_PORTABLE = portable_isa.is_needed() and portable_isa.can_build()
 #: Whether instructions are counted: a real unit does not.
 COUNTS = IS_EMULATED or IS_PORTABLE
 #: Why no tile instruction runs here, or "".
-ABSENT = "" if COUNTS or emulator.is_native() else f"without AVX-512 VNNI {portable_isa.NEEDS}"
+ABSENT = ""
+if not (COUNTS or emulator.is_native()):
+    ABSENT = f"{portable_isa.NEEDS} where the CPU lacks AVX-512 VNNI"
 
 
 def install() -> None:

@@ -20,7 +20,7 @@ CSRC = FOLDER.parents[1] / "csrc"
 AMX = FOLDER.parent / "amx"
 
 #: What can_build asks for.
-NEEDS = "needs AVX2 and SIMDe (package libsimde-dev)"
+NEEDS = "needs AVX2 and SIMDe 0.7.4 or later (package libsimde-dev)"
 
 TARGETS = ("amx", "avx512_vnni")
 OPTIONS = [
@@ -36,8 +36,8 @@ def is_needed() -> bool:
 
 @functools.cache
 def can_build() -> bool:
-    """Whether the CPU has AVX2 and the compiler finds SIMDe."""
-    line = ["g++", "-E", "-x", "c++", "-include", "simde/x86/avx512.h", "/dev/null"]
+    """Whether the CPU has AVX2 and the compiler finds SIMDe with VNNI."""
+    line = ["g++", "-E", "-x", "c++", "-include", "simde/x86/avx512/dpbusd.h", "/dev/null"]
     found = subprocess.run(line, capture_output=True, check=False).returncode == 0
     return found and dict(_ext.cpu_features())["avx2"]
 

@@ -59,6 +59,13 @@ inline void require(bool legal) {
 
 }  // namespace portable
 
+// Later versions of SIMDe may have some of them.
+#undef _mm512_cvtepi32_ps
+#undef _mm512_cvtps_epi32
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_epi16
+#undef _mm512_reduce_add_epi32
+#undef _mm512_reduce_max_ps
 #define _mm512_cvtepi32_ps(a) portable::cvtepi32_ps(a)
 #define _mm512_cvtps_epi32(a) portable::cvtps_epi32(a)
 #define _mm512_cvtepu16_epi32(a) portable::cvtepu16_epi32(a)
