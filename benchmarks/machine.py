@@ -63,5 +63,5 @@ def describe() -> dict[str, str | int]:
         "cpus": len(os.sched_getaffinity(0)),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory_bytes": int(memory[1]) * 1024 if memory else 0,
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
     }

@@ -112,18 +112,23 @@ def _ask_server(state: State, directory: Path, url: str) -> State:
     status, problem = http_status(url)
     if status == 200:
         if state.phase != READY:
-            state = replace(state, phase=READY)
+            state = _now(state, READY)
             # Remembered, so that a server that stops listening is not taken for one that loads.
             with contextlib.suppress(OSError):
                 write_state(directory, state)
         return state
     if status is not None and state.phase != READY:
-        return replace(state, phase="warming up")
+        return _now(state, "warming up")
     if status is not None:
         return replace(state, phase=FAILED, message=f"{url} answers HTTP {status}")
     if state.phase in _STARTING:
         return state  # SGLang listens when it has loaded
     return replace(state, phase=FAILED, message=f"{url} does not answer: {problem}")
+
+
+def _now(state: State, phase: str) -> State:
+    """The state in its next phase; how many layers were loaded is over."""
+    return replace(state, phase=phase, done=None, total=None, unit="")
 
 
 def http_status(url: str) -> tuple[int | None, str]:

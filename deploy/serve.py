@@ -52,8 +52,8 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
         raise UserErrors(failed)
     environment = {**config.environment, **command.environment}
     if state is not None:
-        state.set("loading")  # the process keeps its id, so that `health` sees it end
         environment |= state.for_server()
+        state.set("loading")  # the process keeps its id, so that `health` sees it end
     become(command, environment)
 
 

@@ -32,13 +32,16 @@ def run(config: Config) -> NoReturn:
     server = config.text("KT_STATUS_SERVER")
     url = health_url(config) if server == AUTO else server
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with listen(config.text("KT_HOST"), config.integer("KT_STATUS_PORT"), directory, url) as status:
+    host, port = config.text("KT_HOST"), config.integer("KT_STATUS_PORT")
+    with listen(host, port, directory, url, server != AUTO) as status:
         say(f"status: GET /health on port {status.server_port}; the states are in {directory}")
         status.serve_forever()
     raise AssertionError("unreachable")
 
 
-def listen(host: str, port: int, directory: Path, url: str) -> ThreadingHTTPServer:
+def listen(
+    host: str, port: int, directory: Path, url: str, elsewhere: bool = False
+) -> ThreadingHTTPServer:
     """A server of the states in ``directory``; ``url`` is where SGLang's says how it is.
 
     Raises:
@@ -51,7 +54,7 @@ def listen(host: str, port: int, directory: Path, url: str) -> ThreadingHTTPServ
 
     class Handler(_Handler):
         def report(self) -> dict[str, object]:
-            return report_of(overall_state(directory, url), directory)
+            return report_of(overall_state(directory, url, elsewhere), directory)
 
     try:
         return Server((host, port), Handler)
@@ -62,10 +65,14 @@ def listen(host: str, port: int, directory: Path, url: str) -> ThreadingHTTPServ
         ) from None
 
 
-def overall_state(directory: Path, url: str) -> State | None:
+def overall_state(directory: Path, url: str, elsewhere: bool = False) -> State | None:
     """What the deployment is doing: serving, if the server says so; else what its stages say.
 
     An `up` runs the earlier stages again while the server serves; serving is what counts then.
+
+    Args:
+        url: where the server says how it is.
+        elsewhere: whether that is another server than the one whose state is in ``directory``.
     """
     latest = find_state(directory, None)
     serve = read_state(directory, "serve")
@@ -73,9 +80,10 @@ def overall_state(directory: Path, url: str) -> State | None:
         found = examine(serve, directory, url)
         if found.phase == READY:
             return found
-    # Replicas, and servers on other hosts, leave no state here.
-    is_idle = latest is None or latest.phase == DONE
-    if serve is None and is_idle and http_status(url)[0] == 200:
+    # Replicas, and servers on other hosts, leave no state here; one that served here before may
+    # have left its own.
+    is_idle = latest is None or latest.phase == DONE or (elsewhere and latest.stage == "serve")
+    if (serve is None or elsewhere) and is_idle and http_status(url)[0] == 200:
         return State("serve", READY)
     return None if latest is None else examine(latest, directory, url)
 

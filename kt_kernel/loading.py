@@ -11,8 +11,8 @@ from pathlib import Path
 from kt_kernel import packed
 
 #: Environment variable that names a file for the number of layers loaded so far and of the model.
-#: ``entrypoint.py serve`` sets it, and its ``health`` reads the file.
-PROGRESS_VARIABLE = "KT_LOAD_PROGRESS_FILE"
+#: ``entrypoint.py serve`` sets it, and its ``health`` reads the file; no setting for users.
+PROGRESS_VARIABLE = "_KT_LOAD_PROGRESS_FILE"
 
 
 class LoadProgress:

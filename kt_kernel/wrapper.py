@@ -241,10 +241,10 @@ class KTMoEWrapper:
         topk_weights: torch.Tensor,
         cuda_stream: int = 0,
     ) -> None:
-        """Start the CPU experts for a batch and return without waiting.
+        """Start the CPU experts for a batch and return without waiting for them.
 
-        The inputs are copied before this returns (on CUDA: on ``cuda_stream``), since SGLang
-        overwrites them.
+        The inputs have been read when this returns (on CUDA: are copied on ``cuda_stream``), since
+        SGLang overwrites them.
 
         Args:
             hidden_states: bf16 or fp32 [T, H].

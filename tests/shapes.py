@@ -26,5 +26,6 @@ LAYERS = [
 # Around every target's block of tokens (4, 2, 8), one token, and many.
 TOKENS = [1, 2, 3, 7, 8, 9, 17, 64]
 
-# More tokens of one expert than share an unpacked slab (128, tiles 256), by part of a block.
-MANY_TOKENS = 300
+# Tokens of one expert: more than take their weights directly (AVX-512: 16, int4 64), and than share
+# an unpacked slab (128, tiles 256), by part of a block.
+MANY_TOKENS = [65, 129, 300]

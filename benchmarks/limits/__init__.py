@@ -27,7 +27,6 @@ from benchmarks.errors import BenchmarkError
 
 SOURCE = Path(__file__).with_name("probe.cpp")
 CACHE = Path(__file__).parents[2] / ".cache" / "benchmarks"
-PREBUILT_NAME = "libprobe.so"
 
 _MIN_BUFFER = 1 << 30
 _CACHES_TO_EXCEED = 6  # times the last-level cache: what stays cached of it is then little
@@ -70,6 +69,11 @@ class Limits:
         return name, self.int8[name].best
 
 
+def probe_name() -> str:
+    """File name of the compiled probe: another one for each state of its source."""
+    return f"probe-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
+
+
 def compile_probe(output: Path) -> None:
     """Compile ``probe.cpp`` into the shared library ``output``.
 
@@ -99,8 +103,7 @@ def _probe(prebuilt: Path | None) -> ctypes.CDLL:
     """The compiled probe: ``prebuilt`` if given, else the cached one, compiled if need be."""
     path = prebuilt
     if path is None:
-        digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]
-        path = CACHE / f"probe-{digest}.so"
+        path = CACHE / probe_name()
         if not path.exists():
             compile_probe(path)
     library = ctypes.CDLL(str(path))

@@ -1,8 +1,8 @@
 // What this machine can do at most: bytes read from memory and int8 products, both each second.
 //
 // Compiled at run time by benchmarks/limits and called through ctypes. The products' inner loops
-// are assembly that touches registers only, so no compiler can shorten them, and no flag is needed
-// for an instruction set that the compiling machine lacks.
+// are assembly that touches registers only (but for amx_loaded), so no compiler can shorten them,
+// and no flag is needed for an instruction set that the compiling machine lacks.
 
 #include <immintrin.h>
 #include <pthread.h>

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.limits import CACHE, PREBUILT_NAME
+from benchmarks.limits import CACHE, probe_name
 
 MANIFEST = "rivals.json"
 
@@ -53,8 +53,10 @@ class Rivals:
         return self.folder / "ggml"
 
     @property
-    def probe(self) -> Path:
-        return self.folder / PREBUILT_NAME
+    def probe(self) -> Path | None:
+        """The compiled probe of the limits, unless its source has changed since."""
+        path = self.folder / probe_name()
+        return path if path.is_file() else None
 
     @classmethod
     def open(cls, folder: Path) -> Rivals:

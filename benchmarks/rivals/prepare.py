@@ -44,7 +44,7 @@ def prepare(output: Path, python_version: str) -> None:
             "kt-kernel": _prepare_kt_kernel(work, output / "kt-kernel", python_version),
             "llama-cpp-python": _prepare_ggml(work, output / "ggml"),
         }
-    limits.compile_probe(output / limits.PREBUILT_NAME)
+    limits.compile_probe(output / limits.probe_name())
     manifest = {"python": python_version, "platform": _PLATFORM, "versions": versions}
     (output / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

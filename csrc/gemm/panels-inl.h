@@ -207,9 +207,12 @@ void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint
       for_weights<P, Int4>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
         for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
       });
+      const bool last_chunk = chunk + tokens == count;
       const uint8_t* next[P];
       for (int p = 0; p < P; ++p)
-        next[p] = end < panels.k ? panels.codes[p] + code_bytes<Int4>(end) : panels.next[p];
+        next[p] = end == panels.k && last_chunk
+                      ? panels.next[p]
+                      : panels.codes[p] + code_bytes<Int4>(end == panels.k ? 0 : end);
       const int64_t calls = divide_up(tokens, kTokenBlock) * ((end - begin) / kFetchK);
       Fetcher<P> fetcher(next, code_bytes<Int4>(kSlabK), calls);
       for_token_blocks(tokens, SlabBlocks<P, Finish>{w, w.sums, x, finish, chunk, begin, end,

@@ -101,6 +101,7 @@ Layer::~Layer() { engine_->pool.drain(); }
 
 void Layer::prepare(const int8_t* tables, const std::vector<int64_t>& source) {
   check_source(source, config_.num_experts);
+  loaded_ = false;  // until finish: a failure on the way leaves a mixture
   for (Slice& slice : slices_) slice.reserve();
   if (config_.method == Method::kInt4) {
     tables_.reserve(kNumTables * kTableLevels);

@@ -47,9 +47,10 @@ class Layer {
   // Bytes of the weights in memory.
   int64_t weight_bytes() const { return weight_bytes_; }
 
-  // Queues out = sum over top-k of weight * expert(x) for `tokens` rows. Takes a copy of x, ids and
-  // weights before it returns; `out` [tokens, hidden] must stay until the job has been waited for.
-  // x and out are of `dtype`. Throws std::invalid_argument for a bad expert id.
+  // Queues out = sum over top-k of weight * expert(x) for `tokens` rows. Has read x, ids and
+  // weights when it returns, many rows of x with the workers' help; `out` [tokens, hidden] must
+  // stay until the job has been waited for. x and out are of `dtype`. Throws std::invalid_argument
+  // for a bad expert id.
   std::shared_ptr<Job> submit(const void* x, ActivationDtype dtype, int64_t tokens,
                               const int32_t* ids, const float* weights, const uint8_t* on_gpu,
                               void* out);

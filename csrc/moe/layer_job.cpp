@@ -146,6 +146,14 @@ float* LayerJob::sums(size_t slice, int64_t row) const {
 }
 
 void LayerJob::run(int phase, const Worker& worker) {
+  // Whatever happens to this worker, the submitter is not left waiting for it.
+  struct Reader {
+    std::atomic<uint32_t>& left;
+    bool counts;
+    ~Reader() {
+      if (counts && --left == 0) left.notify_all();
+    }
+  } reader{readers_, phase == 0 && readers_ > 0};
   const size_t slices = layer_.slices().size();
   for (auto s = static_cast<size_t>(worker.group); s < slices;
        s += static_cast<size_t>(worker.groups)) {
@@ -166,7 +174,6 @@ void LayerJob::run(int phase, const Worker& worker) {
         break;
     }
   }
-  if (phase == 0 && readers_ > 0 && --readers_ == 0) readers_.notify_all();
 }
 
 // The token goes into the row of its first pair, and a copy into those of the others: kernels then

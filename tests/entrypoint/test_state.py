@@ -128,7 +128,7 @@ def test_progress_is_kept_while_the_work_runs(
 
 
 def test_a_server_says_how_far_it_has_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Callable[[int], str]
 ) -> None:
     (tmp_path / "serve-layers.json").write_text('{"done": 58, "total": 58}')
     state = StageState(tmp_path, "serve")
@@ -140,11 +140,11 @@ def test_a_server_says_how_far_it_has_loaded(
     for layer in range(3, 20):
         progress.line(layer, 1, 0.0, 1.0)
     assert health(tmp_path) == (1, "loading 17 of 58 layers")
-    state.set("ready")
     found = read_state(tmp_path, "serve")
     assert found is not None
-    assert found.phase == "ready"
-    assert found.total is None
+    for status, line in ((503, "warming up"), (200, "ready")):
+        url = f"http://127.0.0.1:{server(status)}/health"
+        assert examine(found, tmp_path, url).line() == line
 
 
 def test_a_directory_that_cannot_be_written(
@@ -379,6 +379,11 @@ def test_status_of_servers_that_leave_no_state(
 ) -> None:
     url = f"http://127.0.0.1:{server(200)}/health"
     assert overall_state(tmp_path, url) == State("serve", "ready")
+    # One that served here before the servers elsewhere.
+    write_state(tmp_path, State("serve", "ready"))
+    assert is_healthy(overall_state(tmp_path, url, elsewhere=True))
+    assert not is_healthy(overall_state(tmp_path, url))
+    (tmp_path / "serve.json").unlink()
     write_state(tmp_path, State("convert", "failed", "no space"))
     failed = overall_state(tmp_path, url)
     assert failed is not None

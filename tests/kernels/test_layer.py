@@ -110,13 +110,18 @@ def test_mask_may_change_between_calls(method: str) -> None:
         assert reference.relative_error(found, want) < TIGHT
 
 
-def test_all_tokens_on_one_expert(target: str, method: str) -> None:
+@pytest.mark.parametrize("tokens", MANY_TOKENS)
+def test_all_tokens_on_one_expert(
+    monkeypatch: pytest.MonkeyPatch, target: str, method: str, tokens: int
+) -> None:
     shape = LayerShape(8, 1, 1088, 192)
     layer = RandomLayer(shape)
-    x, _, weights = random_batch(shape, MANY_TOKENS)
-    ids = torch.full((MANY_TOKENS, 1), 5, dtype=torch.int32)
+    x, _, weights = random_batch(shape, tokens)
+    ids = torch.full((tokens, 1), 5, dtype=torch.int32)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
     assert reference.relative_error(found, expected(layer, method, x, ids, weights)) < TIGHT
+    monkeypatch.setenv("KT_TARGET", "scalar")
+    assert torch.equal(found, layer.wrapper(method).forward(x, ids, weights, 0))
 
 
 def test_no_tokens_and_nothing_for_the_cpu(target: str) -> None:

@@ -6,16 +6,20 @@ folder=$(realpath "$(dirname "$0")/../..")/.cache/guest
 if compgen -G "$folder/boot/vmlinuz-*" > /dev/null; then exit 0; fi
 
 # The package that this one stands for: Debian's name, then Ubuntu's.
+package=
 for meta in linux-image-cloud-amd64 linux-image-virtual; do
-  package=$(apt-cache depends "$meta" 2>/dev/null | sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' | head -n 1)
-  [[ -n $package ]] && break
+  found=$(apt-cache depends "$meta" 2>/dev/null) || continue
+  package=$(sed -n 's/.*Depends: \(linux-image-[0-9].*\)/\1/p' <<< "$found" | sed -n 1p)
+  [[ -z $package ]] || break
 done
 if [[ -z $package ]]; then
   echo "error: apt knows no kernel package: run apt-get update, or set KT_GUEST_KERNEL" >&2
   exit 2
 fi
-download=$(mktemp -d)
-trap 'rm -rf "$download"' EXIT
-(cd "$download" && apt-get download -q "$package")
-mkdir -p "$folder"
-dpkg -x "$download"/*.deb "$folder"
+mkdir -p "$(dirname "$folder")"
+partial=$(mktemp -d "$folder.XXXXXX")
+trap 'rm -rf "$partial"' EXIT
+(cd "$partial" && apt-get download -q "$package")
+dpkg -x "$partial"/*.deb "$partial/files"
+rm -rf "$folder"
+mv "$partial/files" "$folder"
