@@ -184,7 +184,7 @@ class KTMoEWrapper:
         line = load_progress(path.parent).line(
             self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
         )
-        logger.info("kt_kernel: %s", line)
+        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
 
     def load_weights_from_tensors(
         self,

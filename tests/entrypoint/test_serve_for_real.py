@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from examples.tiny.demo import what_ran
 from tests.entrypoint.helpers import Prepared, command, fails, run
 from tests.serve.server import Server
 
@@ -37,6 +38,9 @@ def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
         # SGLang's probe would have generated a token and waited for it a second at least.
         assert time.monotonic() - before < 0.9
         assert httpx.get(f"{health}_generate", timeout=60, trust_env=False).status_code == 200
+
+        # What the demo reads in the log; one of 16 experts of a layer is resident.
+        assert "45 experts in 3 layers" in what_ran(tmp_path / "log", prepared.int4)
 
         result = run("smoke", **settings, timeout=300)
         assert result.returncode == 0, result
