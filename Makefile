@@ -119,7 +119,7 @@ numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs th
 	tests/numa/get_kernel.sh
 	$(BIN)/python -m pytest tests/numa
 
-# PyTorch brings pybind11's headers along; python -m pybind11 would be the package's own.
+# Where there is no network there is no pybind11 either; PyTorch brings its headers along.
 HOST_BUILD := build/host
 amx-test: ## on a machine with AMX and PYTHON's torch, numpy, safetensors and pytest: kernel tests, then times; no network
 	cmake -S . -B $(HOST_BUILD) -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \

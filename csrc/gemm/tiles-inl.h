@@ -55,8 +55,8 @@ class SlabUnpacker {
 // Up to 32 tokens over the k of one slab.
 template <int Blocks, bool Int4>
 inline void multiply_tile_slab(const uint8_t* const (&w)[2], const uint8_t* x, int64_t stride,
-                               int64_t k, bool first, bool unpacks, SlabUnpacker& unpacker,
-                               int64_t units, Fetcher<2>& fetcher, TileSums* sums) {
+                               int64_t k, bool first, SlabUnpacker& unpacker, int64_t units,
+                               Fetcher<2>& fetcher, TileSums* sums) {
   if (first) {
     zero_sums<Blocks>();
   } else {
@@ -64,7 +64,7 @@ inline void multiply_tile_slab(const uint8_t* const (&w)[2], const uint8_t* x, i
   }
   for (int64_t at = 0; at < k; at += kTileK) {
     fetcher.run<prefetch_second_level>();
-    if (Int4 && unpacks) unpacker.run(units);
+    if constexpr (Int4) unpacker.run(units);
     multiply_tiles<Blocks, Int4>(w[0] + at * kTileRows, w[1] + at * kTileRows, x + at, stride);
   }
   store_sums<Blocks>(sums);
@@ -88,6 +88,7 @@ void multiply_tile_panels(const Panels<2>& panels, const Rows& x, int64_t count,
     for (int64_t begin = 0, slab = 0; begin < panels.k; begin += slab_k, ++slab) {
       const int64_t end = begin + slab_k < panels.k ? begin + slab_k : panels.k;
       const int64_t next_end = end + slab_k < panels.k ? end + slab_k : panels.k;
+      // Nothing to unpack beside the last slab.
       SlabUnpacker unpacker(panels, w.slab[(slab + 1) & 1], end, next_end);
       const int64_t units = divide_up(unpacker.units(), blocks * ((end - begin) / kTileK));
       const uint8_t* tiles[2];
@@ -98,11 +99,11 @@ void multiply_tile_panels(const Panels<2>& panels, const Rows& x, int64_t count,
         const uint8_t* rows = x.data + (chunk + first) * x.stride + begin;
         TileSums* sums = w.sums + 2 * block;
         if (tokens - first > kTileRows) {
-          multiply_tile_slab<2, Int4>(tiles, rows, x.stride, end - begin, begin == 0,
-                                      end < panels.k, unpacker, units, fetcher, sums);
+          multiply_tile_slab<2, Int4>(tiles, rows, x.stride, end - begin, begin == 0, unpacker,
+                                      units, fetcher, sums);
         } else {
-          multiply_tile_slab<1, Int4>(tiles, rows, x.stride, end - begin, begin == 0,
-                                      end < panels.k, unpacker, units, fetcher, sums);
+          multiply_tile_slab<1, Int4>(tiles, rows, x.stride, end - begin, begin == 0, unpacker,
+                                      units, fetcher, sums);
         }
         if (end < panels.k) continue;
         for (int64_t i = first; i < first + 2 * kTileRows && i < tokens; ++i) {
