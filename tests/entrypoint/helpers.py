@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,11 @@ class LocalHub:
         return self.log.getvalue().splitlines()
 
     def forget(self) -> None:
-        """Empty the log."""
+        """Empty the log, once the requests of a killed client are in it too."""
+        deadline = time.monotonic() + 30
+        while self.hub.active_requests:
+            assert time.monotonic() < deadline, "the hub still answers a client that is gone"
+            time.sleep(0.02)
         self.log.seek(0)
         self.log.truncate()
 
