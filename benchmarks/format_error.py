@@ -53,7 +53,7 @@ def per_row_int4(w: torch.Tensor) -> torch.Tensor:
 def through_packed(method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def convert(w: torch.Tensor) -> torch.Tensor:
         p = _ext.quantize_projection(w.numpy(), "fp32", None, method)
-        tables = _ext.int4_tables() if method == "int4" else None
+        tables = _ext.int4_tables(method) if method in packed.BLOCK_K else None
         index = p.get("table_index")
         n, k = w.shape
         found = _ext.dequantize_projection(p["codes"], p["scales"], index, tables, n, k, method)
@@ -70,10 +70,10 @@ def kernel_output(weights: Weights, x: torch.Tensor, method: str) -> torch.Tenso
         hidden_size=HIDDEN,
         moe_intermediate_size=INTERMEDIATE,
         cpuinfer_threads=len(_ext.allowed_cpus()),
-        method=method,
+        method=packed.SERVED_AS[method],
     )
     wrapper.load_weights_from_tensors(
-        *(w[None] for w in weights), torch.zeros(1, dtype=torch.int64)
+        *(w[None] for w in weights), torch.zeros(1, dtype=torch.int64), method
     )
     ids = torch.zeros(len(x), 1, dtype=torch.int32)
     return wrapper.forward(x, ids, torch.ones(len(x), 1), 0)
@@ -96,9 +96,9 @@ def main() -> None:
 
         rows4 = tuple(per_row_int4(w) for w in weights)
         row("per row, 4 bit", 4.0, expert(rows4, x), rows4[0])  # type: ignore[arg-type]
-        for method, how in packed.KT_METHODS.items():
-            bits = packed.PackedLayout(256, HIDDEN, INTERMEDIATE, how).bits_per_weight()
-            row(method, bits, kernel_output(weights, x, method), through_packed(how)(gate))
+        for method in packed.METHODS:
+            bits = packed.PackedLayout(256, HIDDEN, INTERMEDIATE, method).bits_per_weight()
+            row(method, bits, kernel_output(weights, x, method), through_packed(method)(gate))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--quant-method", choices=list(METHODS), default="int4",
-        help="int4 is served with --kt-method AMXINT4, int8 with AMXINT8 (default: %(default)s)",
+        help="int4 (4.13 bits for each weight) and int4-4x8 (4.26 bits, more accurate) are served "
+        "with --kt-method AMXINT4, int8 with AMXINT8 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--cpuinfer-threads", type=_count, metavar="N",

@@ -140,8 +140,8 @@ def _convert_layer(
     items = checkpoint.expert_projections(layer_idx)
     final = output.path / layer_file_name(layer_idx)
     with LayerWriter(final, layout, identity.layer_metadata(layer_idx)) as writer:
-        if method == "int4":
-            writer.write_tensor("tables", _ext.int4_tables())
+        if layout.has_tables:
+            writer.write_tensor("tables", _ext.int4_tables(method))
         run_all(
             pool,
             [

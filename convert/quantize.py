@@ -10,6 +10,7 @@ from convert.checkpoint import Checkpoint, ExpertProjection
 from convert.writer import LayerWriter
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
+from kt_kernel.packed import BLOCK_K
 
 #: --input-type -> the extension's name of the dtype.
 EXT_DTYPES = {"fp8": "fp8_e4m3", "bf16": "bf16", "fp16": "fp16"}
@@ -22,8 +23,8 @@ QUANTIZER_REVISION = 1
 def quantizer_settings(method: str) -> dict[str, str]:
     """What decides the bytes of the output besides the source."""
     settings = {"revision": str(QUANTIZER_REVISION)}
-    if method == "int4":
-        settings["tables_sha256"] = hashlib.sha256(_ext.int4_tables().tobytes()).hexdigest()
+    if method in BLOCK_K:
+        settings["tables_sha256"] = hashlib.sha256(_ext.int4_tables(method).tobytes()).hexdigest()
     return settings
 
 

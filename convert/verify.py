@@ -28,7 +28,7 @@ from kt_kernel.packed import PROJECTIONS, Header, PackedLayout, check_layer_head
 #: Relative Frobenius error of a quantised matrix that cannot be the quantiser's doing. Measured:
 #: 0.08 (int4) and 0.007 to 0.009 (int8) on Gaussian weights, 0.09 and 0.011 on Student-t(5); a
 #: wrong expert or layout gives 1 and more.
-ERROR_LIMITS = {"int4": 0.3, "int8": 0.02}
+ERROR_LIMITS = {"int4": 0.3, "int4-4x8": 0.3, "int8": 0.02}
 
 
 _ADVICE = "the file is wrong; check disk and memory of this host and run the same command again"
@@ -213,7 +213,7 @@ def read_packed(path: Path, layout: PackedLayout, item: ExpertProjection) -> np.
         return read_stored(header, f"{item.projection}.{name}", item.expert)
 
     index = tables = None
-    if layout.method == "int4":
+    if layout.has_tables:
         index, tables = part("table_index"), read_stored(header, "tables")
     codes = part("codes").view(np.uint8)
     return _ext.dequantize_projection(codes, part("scales"), index, tables, n, k, layout.method)

@@ -14,7 +14,6 @@ from deploy.needs import marker_of
 from deploy.progress import bytes_present, gigabytes
 from deploy.state import run_directory
 from kt_kernel.host import huge_page_mode
-from kt_kernel.packed import KT_METHODS
 
 #: NCCL's and torch's shared memory for several GPUs; with one, little is used.
 SHM_BYTES = 1 << 30
@@ -56,7 +55,7 @@ def check_numa_memory(situation: Situation) -> Iterator[Result]:
     pools: int = situation.values["KT_THREADPOOL_COUNT"]
     if len(nodes) < 2:
         return  # the check of the memory tells
-    share = situation.needs.packed[KT_METHODS[situation.values["KT_METHOD"]]] / pools
+    share = situation.needs.weights(situation.values) / pools
     short = [node for node, total in nodes.items() if total < share]
     yield Result(
         "numa-memory",

@@ -12,7 +12,7 @@ from convert.model_config import ModelDims, read_json
 from deploy.checks import Result, Situation, Status
 from deploy.marker import file_size, read_marker
 from kt_kernel.errors import UserError
-from kt_kernel.packed import FORMAT_VERSION, KT_METHODS, MANIFEST_NAME
+from kt_kernel.packed import FORMAT_VERSION, KT_METHODS, MANIFEST_NAME, SERVED_AS
 
 DOWNLOAD = "run `python entrypoint.py download`"
 CONVERT = "run `python entrypoint.py convert`"
@@ -67,8 +67,8 @@ def check_weights(situation: Situation) -> Iterator[Result]:
     try:
         manifest = read_json(path / MANIFEST_NAME)
         found = str(manifest["method"])
-        if found != KT_METHODS[method]:
-            other = next((name for name, word in KT_METHODS.items() if word == found), None)
+        other = SERVED_AS.get(found)
+        if other != method:
             yield fail(
                 f"{found} weights",
                 (f"set KT_METHOD={other} or " if other else "")

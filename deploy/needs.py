@@ -11,7 +11,7 @@ from convert.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, parse_expert
 from convert.model_config import read_json, read_model_dims
 from deploy.marker import Marker, read_marker
 from kt_kernel.errors import UserError
-from kt_kernel.packed import KT_METHODS, PackedLayout
+from kt_kernel.packed import KT_METHODS, METHODS, SERVED_AS, PackedLayout
 
 #: V3.2 as far as the sizes below depend on it, and its bytes on the Hub.
 V32_CONFIG: Mapping[str, Any] = {
@@ -47,7 +47,7 @@ class Needs:
     Attributes:
         known: taken from the model's own files and not V3.2's.
         download: of the whole repository's weights.
-        packed: of all packed layer files, by method (``int4``, ``int8``).
+        packed: of all packed layer files, by method (``int4``, ``int4-4x8``, ``int8``).
         experts: routed experts of one layer.
         moe_layers: layers with routed experts.
         expert: one routed expert in the checkpoint.
@@ -76,11 +76,16 @@ class Needs:
         """Whose sizes these are, for people."""
         return "this model" if self.known else "V3.2 (the model is not there yet)"
 
+    def weights(self, values: Mapping[str, Any]) -> float:
+        """Packed weights of the method that these settings serve."""
+        method, converted = values["KT_METHOD"], values["KT_QUANT_METHOD"]
+        return self.packed[converted if SERVED_AS[converted] == method else KT_METHODS[method]]
+
     def memory(self, values: Mapping[str, Any]) -> float:
         """Main memory to serve with these settings."""
         share = 1 - min(values["KT_NUM_GPU_EXPERTS"], self.experts) / self.experts
         in_cpu_mode = values["KT_DEVICE"] == "cpu"
-        needed = self.packed[KT_METHODS[values["KT_METHOD"]]] * (1 if in_cpu_mode else share)
+        needed = self.weights(values) * (1 if in_cpu_mode else share)
         needed += self.scratch_per_token * values["KT_CHUNKED_PREFILL_SIZE"] + SERVER_BYTES
         if in_cpu_mode:  # everything is here, and FP8 becomes bf16
             needed += 2 * self.resident + self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)
@@ -114,12 +119,12 @@ def model_needs(model_path: Path) -> Needs:
                     .values()
                 )
             )
-            for method in KT_METHODS.values()
+            for method in METHODS
         }
         return _needs(config, packed, len(dims.moe_layers()), model_path)
     except (UserError, KeyError, TypeError, ValueError):
         pass
-    layout = {m: PackedLayout(256, 7168, 2048, m).tensors().values() for m in KT_METHODS.values()}
+    layout = {m: PackedLayout(256, 7168, 2048, m).tensors().values() for m in METHODS}
     packed = {method: 58.0 * sum(spec.nbytes for spec in specs) for method, specs in layout.items()}
     return _needs(V32_CONFIG, packed, 58, None)
 

@@ -48,7 +48,7 @@ def quantize_projection(
         weight: the checkpoint's bits, C-contiguous.
         dtype: ``"fp8_e4m3"``, ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         scale_inv: for FP8, [ceil(N / 128), ceil(K / 128)].
-        method: ``"int4"`` or ``"int8"``.
+        method: one of ``packed.METHODS``.
 
     Returns:
         ``codes``, ``scales`` and, for int4, ``table_index``, shaped as in docs/weight-format.md
@@ -69,7 +69,7 @@ def dequantize_projection(
 ) -> NDArray[np.float32]:
     """The [N, K] weights that a packed projection stands for."""
 
-def int4_tables() -> NDArray[np.int8]:
+def int4_tables(method: str) -> NDArray[np.int8]:
     """The [256, 16] levels that new int4 weights are encoded with."""
 
 class Job:

@@ -19,14 +19,19 @@ FORMAT_NAME = "kt-kernel-packed"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
-METHODS = ("int4", "int8")
-#: ``--kt-method`` of SGLang -> quantisation method of the packed files.
+#: Quantisation method of the packed files -> ``--kt-method`` of SGLang that serves it. The two int4
+#: methods differ in the weights that share a table: 4 rows x 16 k (4.13 bits for each weight) or
+#: 4 x 8 (4.26 bits, more accurate).
+SERVED_AS = {"int4": "AMXINT4", "int4-4x8": "AMXINT4", "int8": "AMXINT8"}
+METHODS = tuple(SERVED_AS)
+#: ``--kt-method`` -> the method that it stands for where no file says which.
 KT_METHODS = {"AMXINT4": "int4", "AMXINT8": "int8"}
 PROJECTIONS = ("gate", "up", "down")
 
 PANEL_ROWS = 16  # output rows that share one panel: the lanes of a 512-bit int32 accumulator
 BLOCK_ROWS = 4  # rows of a table block: a 16-byte lane holds 4 rows x 4 k
-BLOCK_K = 16  # k extent of a table block: 4 rows x 16 k share one table
+#: k extent of a table block: 4 rows x this many k share one table.
+BLOCK_K = {"int4": 16, "int4-4x8": 8}
 DIM_MULTIPLE = 64  # hidden and intermediate size: one AMX tile of k, and whole table blocks
 NUM_TABLES = 256
 TABLE_LEVELS = 16
@@ -58,7 +63,7 @@ class PackedLayout:
         num_experts: routed experts of the layer, all of them are stored.
         hidden_size: model width H; multiple of 64.
         intermediate_size: width I of one expert; multiple of 64.
-        method: ``"int4"`` or ``"int8"``.
+        method: one of ``METHODS``.
 
     Raises:
         UserError: an unknown method or a dimension that the format cannot hold.
@@ -84,6 +89,11 @@ class PackedLayout:
                     f"block size of the packed format; this model cannot be packed"
                 )
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether the weights are indices into tables: int4."""
+        return self.method in BLOCK_K
+
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """(rows N, columns K) of one expert's ``gate``, ``up`` [I, H] or ``down`` [H, I]."""
         if projection == "down":
@@ -97,13 +107,14 @@ class PackedLayout:
         for name in PROJECTIONS:
             n, k = self.projection_shape(name)
             panels = n // PANEL_ROWS
-            if self.method == "int4":
+            if self.has_tables:
+                blocks = k // BLOCK_K[self.method]
                 specs[f"{name}.codes"] = TensorSpec("U8", (e, panels, k // 8, 64))
-                specs[f"{name}.table_index"] = TensorSpec("U8", (e, panels, k // BLOCK_K, 4))
+                specs[f"{name}.table_index"] = TensorSpec("U8", (e, panels, blocks, 4))
             else:
                 specs[f"{name}.codes"] = TensorSpec("I8", (e, panels, k // 4, 64))
             specs[f"{name}.scales"] = TensorSpec("BF16", (e, n))
-        if self.method == "int4":
+        if self.has_tables:
             specs["tables"] = TensorSpec("I8", (NUM_TABLES, TABLE_LEVELS))
         return specs
 
@@ -127,8 +138,8 @@ class PackedLayout:
             "hidden_size": str(self.hidden_size),
             "intermediate_size": str(self.intermediate_size),
         }
-        if self.method == "int4":
-            meta["block"] = f"{BLOCK_ROWS}x{BLOCK_K}"
+        if self.has_tables:
+            meta["block"] = f"{BLOCK_ROWS}x{BLOCK_K[self.method]}"
         return meta
 
 
@@ -221,7 +232,8 @@ def check_layer_header(header: Header, layout: PackedLayout, layer_idx: int) -> 
         if found == expected:
             continue
         if key == "method":
-            hint = "set --kt-method to AMX" + str(found).upper() + " or convert with that method"
+            other = SERVED_AS.get(str(found))
+            hint = (f"set --kt-method to {other} or " if other else "") + "convert with that method"
         elif key == "format_version":
             hint = "convert again with this version"
         else:

@@ -6,6 +6,7 @@ The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ class KTMoEWrapper:
         weight_path: folder written by ``python -m convert``; not needed for
             ``load_weights_from_tensors``.
         chunked_prefill_size: the largest number of tokens SGLang will submit; larger calls work.
-        method: ``"AMXINT4"`` or ``"AMXINT8"``: the format of the weights. The instructions used are
-            the best this CPU has.
+        method: ``"AMXINT4"`` or ``"AMXINT8"``: the format of the weights; which of the two int4
+            formats, the files say. The instructions used are the best this CPU has.
         max_deferred_experts_per_token: accepted; every expert runs at once, which is exact where
             deferral is an approximation.
         numa_nodes, cpu_save: accepted for the fork and not needed.
@@ -130,15 +131,26 @@ class KTMoEWrapper:
             )
         self._top_k = num_experts_per_tok
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
-        self._layer = _ext.Layer(
-            self._engine,
-            num_experts,
-            num_experts_per_tok,
-            hidden_size,
-            moe_intermediate_size,
-            self._layout.method,
-        )
+        self._layer = self._new_layer()
         self._pending: _Pending | _CudaCall | None = None
+
+    def _new_layer(self) -> _ext.Layer:
+        layout = self._layout
+        return _ext.Layer(
+            self._engine,
+            layout.num_experts,
+            self._top_k,
+            layout.hidden_size,
+            layout.intermediate_size,
+            layout.method,
+        )
+
+    def _use_method(self, quant_method: str) -> None:
+        """Hold weights of this method, if ``--kt-method`` stands for it too."""
+        served_as = packed.SERVED_AS.get(quant_method)
+        if quant_method != self._layout.method and served_as == self.method:
+            self._layout = dataclasses.replace(self._layout, method=quant_method)
+            self._layer = self._new_layer()
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -160,6 +172,7 @@ class KTMoEWrapper:
                 f"weight path {path.parent} does not exist: run python -m convert first"
             )
         header = packed.read_header(path)
+        self._use_method(header.metadata.get("method", ""))
         packed.check_layer_header(header, self._layout, self.layer_idx)
         tables = None
         if "tables" in header.tensors:
@@ -192,6 +205,7 @@ class KTMoEWrapper:
         up_proj: torch.Tensor,
         down_proj: torch.Tensor,
         physical_to_logical_map_cpu: torch.Tensor,
+        quant_method: str | None = None,
     ) -> None:
         """Quantise the layer from unquantised tensors; ``weight_path`` is not used.
 
@@ -199,10 +213,17 @@ class KTMoEWrapper:
             gate_proj, up_proj: bf16 (or fp16, fp32) [E, I, H].
             down_proj: the same dtype, [E, H, I].
             physical_to_logical_map_cpu: int64 [E], as for ``load_weights``.
+            quant_method: ``"int4-4x8"`` for tables of 4 x 8 weights; None is the method's own.
 
         Raises:
             UserError: a wrong shape or dtype, or a weight that is not finite.
         """
+        if quant_method is not None:
+            if packed.SERVED_AS.get(quant_method) != self.method:
+                raise UserError(
+                    f"quant_method is {quant_method!r}, which {self.method} does not stand for"
+                )
+            self._use_method(quant_method)
         tensors = (gate_proj, up_proj, down_proj)
         dtype = gate_proj.dtype
         if dtype not in _SOURCE_DTYPES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kt_kernel import _ext
+from kt_kernel import _ext, packed
 from tests import portable_isa
 from tests.amx import tile_unit
 
@@ -46,7 +46,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-@pytest.fixture(params=["AMXINT4", "AMXINT8"])
+@pytest.fixture(params=packed.METHODS)
 def method(request: pytest.FixtureRequest) -> str:
-    """SGLang's --kt-method."""
+    """Each quantisation method."""
     return request.param

@@ -30,7 +30,7 @@ class RandomLayer:
         self.gate, self.up, self.down = draw(i, h), draw(i, h), draw(h, i)
 
     def wrapper(self, method: str, threads: int = THREADS, **kwargs) -> KTMoEWrapper:
-        """A loaded wrapper on the target that KT_TARGET names."""
+        """A loaded wrapper on the target that KT_TARGET names; ``method`` is of packed.METHODS."""
         e, k, h, i = self.shape
         wrapper = KTMoEWrapper(
             layer_idx=0,
@@ -40,10 +40,10 @@ class RandomLayer:
             moe_intermediate_size=i,
             cpuinfer_threads=threads,
             threadpool_count=kwargs.pop("threadpool_count", 1),
-            method=method,
+            method=packed.SERVED_AS[method],
             **kwargs,
         )
-        wrapper.load_weights_from_tensors(self.gate, self.up, self.down, torch.arange(e))
+        wrapper.load_weights_from_tensors(self.gate, self.up, self.down, torch.arange(e), method)
         return wrapper
 
     def original(self) -> dict[int, tuple[np.ndarray, ...]]:
@@ -55,7 +55,7 @@ class RandomLayer:
     def packed(self, method: str) -> dict[int, tuple[np.ndarray, ...]]:
         """The experts that the packed weights stand for, packed once for each method."""
         if method not in self._packed:
-            self._packed[method] = self._pack(packed.KT_METHODS[method])
+            self._packed[method] = self._pack(method)
         return self._packed[method]
 
     def _pack(self, how: str) -> dict[int, tuple[np.ndarray, ...]]:

@@ -32,9 +32,8 @@ from kt_kernel.engine import target_name
 
 class Ours:
     def __init__(self, job: Job) -> None:
-        method = packed.KT_METHODS[job.method]
-        self._layout = packed.PackedLayout(job.experts, HIDDEN, INTERMEDIATE, method)
-        folder = Path(job.sources) / method
+        self._layout = packed.PackedLayout(job.experts, HIDDEN, INTERMEDIATE, job.method)
+        folder = Path(job.sources) / job.method
         if not folder.exists():  # the first of the runs with different numbers of threads
             partial = folder.with_suffix(".partial")
             partial.mkdir()
@@ -50,7 +49,7 @@ class Ours:
             cpuinfer_threads=job.threads,
             threadpool_count=1,
             weight_path=str(folder),
-            method=job.method,
+            method=packed.SERVED_AS[job.method],
         )
         self._wrapper.load_weights(torch.arange(job.experts))
 
@@ -91,7 +90,7 @@ def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in layout.tensors():
             if name == "tables":
-                file.write(_ext.int4_tables().tobytes())
+                file.write(_ext.int4_tables(layout.method).tobytes())
                 continue
             projection, part = name.split(".")
             for expert in range(job.experts):

@@ -10,8 +10,9 @@ namespace kt {
 
 inline Method parse_method(const std::string& name) {
   if (name == "int4") return Method::kInt4;
+  if (name == "int4-4x8") return Method::kInt4Block8;
   if (name == "int8") return Method::kInt8;
-  fail_argument("unknown method '", name, "': expected int4 or int8");
+  fail_argument("unknown method '", name, "': expected int4, int4-4x8 or int8");
 }
 
 inline SourceDtype parse_source_dtype(const std::string& name) {

@@ -39,8 +39,7 @@ std::shared_ptr<Layer> make_layer(std::shared_ptr<Engine> engine, int64_t num_ex
 void load_file(Layer& layer, const std::string& path, const std::array<FileOffsets, 3>& offsets,
                const std::optional<py::array_t<int8_t, py::array::c_style>>& tables,
                const std::vector<int64_t>& source) {
-  if (layer.config().method == Method::kInt4 &&
-      (!tables || tables->size() != kNumTables * kTableLevels))
+  if (is_int4(layer.config().method) && (!tables || tables->size() != kNumTables * kTableLevels))
     fail_argument("int4 weights need tables of ", kNumTables, " x ", kTableLevels);
   const int8_t* table_data = tables ? tables->data() : nullptr;
   const py::gil_scoped_release release;

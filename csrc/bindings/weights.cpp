@@ -72,7 +72,7 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   }
   py::dict packed;
   packed["codes"] = codes;
-  if (how == Method::kInt4) packed["table_index"] = index;
+  if (is_int4(how)) packed["table_index"] = index;
   packed["scales"] = scales;
   return packed;
 }
@@ -84,7 +84,7 @@ Array<float> dequantize(const Array<uint8_t>& codes, const Array<uint16_t>& scal
   check_shape(codes, codes_shape(n, k, method), "codes");
   check_shape(scales, {n}, "scales");
   const ProjectionLayout layout{n, k, parse_method(method)};
-  if (layout.method == Method::kInt4) {
+  if (is_int4(layout.method)) {
     if (!index || !tables) fail_argument("int4 needs table_index and tables");
     check_shape(*index, {layout.panels(), layout.index_per_panel() / 4, 4}, "table_index");
     check_shape(*tables, {kNumTables, kTableLevels}, "tables");
@@ -111,8 +111,12 @@ void bind_weights(py::module_& module) {
   module.def("dequantize_projection", &dequantize, py::arg("codes"), py::arg("scales"),
              py::arg("table_index"), py::arg("tables"), py::arg("n"), py::arg("k"),
              py::arg("method"));
-  module.def("int4_tables",
-             [] { return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables()[0][0]); });
+  module.def(
+      "int4_tables",
+      [](const std::string& method) {
+        return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables(parse_method(method))[0][0]);
+      },
+      py::arg("method"));
 }
 
 }  // namespace kt

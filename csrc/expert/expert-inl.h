@@ -81,23 +81,23 @@ inline Panels<P> down_panels(const DownTask& s, int64_t panel) {
   return panels;
 }
 
-template <bool Int4>
+template <int BlockK>
 void gate_up(const GateUpTask& s) {
   for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel)
-    multiply_panels<2, Int4>(gate_up_panels(s, panel), s.x, s.count, s.workspace,
-                             GateUpEpilogue<true>(s, panel));
+    multiply_panels<2, BlockK>(gate_up_panels(s, panel), s.x, s.count, s.workspace,
+                               GateUpEpilogue<true>(s, panel));
 }
 
-template <bool Int4>
+template <int BlockK>
 void down(const DownTask& s) {
   int64_t panel = s.panel;
   const int64_t end = s.panel + s.panels;
   for (; panel + 2 <= end; panel += 2)
-    multiply_panels<2, Int4>(down_panels<2>(s, panel), s.h, s.count, s.workspace,
-                             DownEpilogue<true, 2>(s, panel));
+    multiply_panels<2, BlockK>(down_panels<2>(s, panel), s.h, s.count, s.workspace,
+                               DownEpilogue<true, 2>(s, panel));
   if (panel < end)
-    multiply_panels<1, Int4>(down_panels<1>(s, panel), s.h, s.count, s.workspace,
-                             DownEpilogue<true, 1>(s, panel));
+    multiply_panels<1, BlockK>(down_panels<1>(s, panel), s.h, s.count, s.workspace,
+                               DownEpilogue<true, 1>(s, panel));
 }
 
 }  // namespace

@@ -40,9 +40,10 @@ struct Panels {
   int64_t k;
 };
 
-template <bool Int4>
+// What follows is compiled for BlockK = 16 and 8, the k of an int4 block, and 0 for int8.
+template <int BlockK>
 constexpr int64_t code_bytes(int64_t k) {
-  return Int4 ? k * 8 : k * 16;
+  return BlockK > 0 ? k * 8 : k * 16;
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -73,22 +74,21 @@ class Fetcher {
 };
 
 // Calls step(weights of the P panels, k) for every 4 k from `begin` to `end`, unpacked from codes.
-template <int P, bool Int4, class F>
+template <int P, int BlockK, class F>
 inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, const F& step) {
-  if constexpr (Int4) {
-    for (int64_t b = begin / 16; b < end / 16; ++b) {
-      Tables block[P];
-      for (int p = 0; p < P; ++p) {
-        block[p] = load_tables(panels.tables, panels.index[p] + 4 * b);
-        prefetch(panels.codes[p] + 128 * b + kPrefetchBytes);
-        prefetch(panels.codes[p] + 128 * b + 64 + kPrefetchBytes);
-      }
-      for (int half = 0; half < 2; ++half) {
+  if constexpr (BlockK > 0) {
+    for (int64_t block = begin / BlockK; block < end / BlockK; ++block) {
+      Tables tables[P];
+      for (int p = 0; p < P; ++p)
+        tables[p] = load_tables(panels.tables, panels.index[p] + 4 * block);
+      for (int64_t k = block * BlockK; k < (block + 1) * BlockK; k += 8) {
         Weights low[P], high[P];
-        for (int p = 0; p < P; ++p)
-          unpack(panels.codes[p] + 128 * b + 64 * half, block[p], low[p], high[p]);
-        step(low, 16 * b + 8 * half);
-        step(high, 16 * b + 8 * half + 4);
+        for (int p = 0; p < P; ++p) {
+          prefetch(panels.codes[p] + 8 * k + kPrefetchBytes);
+          unpack(panels.codes[p] + 8 * k, tables[p], low[p], high[p]);
+        }
+        step(low, k);
+        step(high, k + 4);
       }
     }
   } else {
@@ -114,7 +114,7 @@ inline void multiply_step(const Weights (&w)[P], const uint8_t* const (&x)[T], i
 }
 
 // One block of T tokens over all of k, from the codes.
-template <int P, bool Int4, class Finish>
+template <int P, int BlockK, class Finish>
 struct DirectBlocks {
   const Panels<P>& panels;
   const Rows& x;
@@ -127,7 +127,7 @@ struct DirectBlocks {
     Acc acc[T][P];
     for (int t = 0; t < T; ++t)
       for (int p = 0; p < P; ++p) acc[t][p] = zero_acc();
-    for_weights<P, Int4>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
+    for_weights<P, BlockK>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
       multiply_step<P, T>(w, rows, k, acc);
     });
     for (int t = 0; t < T; ++t) finish(first + t, acc[t]);
@@ -192,11 +192,11 @@ inline void for_token_blocks(int64_t count, const F& f) {
 }
 
 // Calls finish(i, sums) for every i in [0, count): sums[p][r] = sum over k of w_p[r][k] * x_i[k].
-template <int P, bool Int4, class Finish>
+template <int P, int BlockK, class Finish>
 void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint8_t* workspace,
                      const Finish& finish) {
-  if (count <= kDirectTokens<Int4>) {
-    for_token_blocks(count, DirectBlocks<P, Int4, Finish>{panels, x, finish});
+  if (count <= kDirectTokens<(BlockK > 0)>) {
+    for_token_blocks(count, DirectBlocks<P, BlockK, Finish>{panels, x, finish});
     return;
   }
   auto& w = *reinterpret_cast<PanelWorkspace<P>*>(workspace);
@@ -204,7 +204,7 @@ void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint
     const int64_t tokens = count - chunk < kChunkTokens ? count - chunk : kChunkTokens;
     for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
       const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
-      for_weights<P, Int4>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
+      for_weights<P, BlockK>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
         for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
       });
       const bool last_chunk = chunk + tokens == count;
@@ -212,9 +212,9 @@ void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint
       for (int p = 0; p < P; ++p)
         next[p] = end == panels.k && last_chunk
                       ? panels.next[p]
-                      : panels.codes[p] + code_bytes<Int4>(end == panels.k ? 0 : end);
+                      : panels.codes[p] + code_bytes<BlockK>(end == panels.k ? 0 : end);
       const int64_t calls = divide_up(tokens, kTokenBlock) * ((end - begin) / kFetchK);
-      Fetcher<P> fetcher(next, code_bytes<Int4>(kSlabK), calls);
+      Fetcher<P> fetcher(next, code_bytes<BlockK>(kSlabK), calls);
       for_token_blocks(tokens, SlabBlocks<P, Finish>{w, w.sums, x, finish, chunk, begin, end,
                                                      panels.k, fetcher});
     }

@@ -103,7 +103,7 @@ void Layer::prepare(const int8_t* tables, const std::vector<int64_t>& source) {
   check_source(source, config_.num_experts);
   loaded_ = false;  // until finish: a failure on the way leaves a mixture
   for (Slice& slice : slices_) slice.reserve();
-  if (config_.method == Method::kInt4) {
+  if (is_int4(config_.method)) {
     tables_.reserve(kNumTables * kTableLevels);
     engine_->kernels.prepare_tables(tables, tables_.data());
   }
@@ -149,7 +149,7 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
 
 void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
                           const std::vector<int64_t>& source) {
-  prepare(&int4_tables()[0][0], source);
+  prepare(is_int4(config_.method) ? &int4_tables(config_.method)[0][0] : nullptr, source);
   // A row of down lies in all slices but has one scale, so one worker quantises all of it: the
   // memory is placed before.
   parallel_for(engine_->pool, num_slices(), config_.num_experts, [&](int s, int64_t slot) {

@@ -215,8 +215,7 @@ void LayerJob::quantize_inputs(size_t slice, const Worker& worker) {
 // disturbed threads.
 void LayerJob::gate_up(size_t slice, const Worker& worker) {
   const Slice& part = layer_.slices()[slice];
-  const auto kernel =
-      config_.method == Method::kInt4 ? kernels_.gate_up_int4 : kernels_.gate_up_int8;
+  const auto kernel = kernels_.gate_up[static_cast<size_t>(config_.method)];
   const int64_t panels = part.layout(Projection::kGate).panels();
   const auto experts = static_cast<int64_t>(routing_.experts.size());
   GuidedCounter& next = memory_->progress[slice].gate_up;
@@ -262,7 +261,7 @@ void LayerJob::quantize_intermediate(size_t slice, int64_t begin, int64_t end) {
 // the last of the slices to finish a group of columns adds them up, in the order of slices.
 void LayerJob::down(size_t slice, const Worker& worker) {
   const Slice& part = layer_.slices()[slice];
-  const auto kernel = config_.method == Method::kInt4 ? kernels_.down_int4 : kernels_.down_int8;
+  const auto kernel = kernels_.down[static_cast<size_t>(config_.method)];
   const int64_t panels = part.layout(Projection::kDown).panels();
   const int64_t tasks = (panels + kDownPanels - 1) / kDownPanels;
   GuidedCounter& next = memory_->progress[slice].down;

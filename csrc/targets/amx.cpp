@@ -21,10 +21,8 @@ const Kernels kernels = {
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,
-    gate_up_tiles<true>,
-    gate_up_tiles<false>,
-    down_tiles<true>,
-    down_tiles<false>,
+    {gate_up_tiles<16>, gate_up_tiles<8>, gate_up_tiles<0>},
+    {down_tiles<16>, down_tiles<8>, down_tiles<0>},
     store_bf16,
 };
 

@@ -21,10 +21,8 @@ const Kernels kernels = {
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,
-    gate_up<true>,
-    gate_up<false>,
-    down<true>,
-    down<false>,
+    {gate_up<16>, gate_up<8>, gate_up<0>},
+    {down<16>, down<8>, down<0>},
     store_bf16,
 };
 

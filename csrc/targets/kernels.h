@@ -73,10 +73,8 @@ struct Kernels {
   void (*prepare_tables)(const int8_t* tables, uint8_t* prepared);  // both [256][16]
   void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);
-  void (*gate_up_int4)(const GateUpTask&);
-  void (*gate_up_int8)(const GateUpTask&);
-  void (*down_int4)(const DownTask&);
-  void (*down_int8)(const DownTask&);
+  void (*gate_up[3])(const GateUpTask&);  // by Method (layout.h)
+  void (*down[3])(const DownTask&);
   void (*store_bf16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
 };
 

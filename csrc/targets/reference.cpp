@@ -17,21 +17,22 @@ void keep_float(const T* x, int64_t k, uint8_t* q, RowScale* scale) {
 }
 
 // y[r] = scales[r] * sum over k of w[r][k] x[k] for the 16 rows of a panel.
-template <bool Int4>
+template <int BlockK>
 void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, const uint8_t* row,
                      float* y) {
   const uint8_t* codes = m.codes + panel * m.codes_per_panel;
   const float* x = reinterpret_cast<const float*>(row);
   double sum[16] = {};
-  for (int64_t k = 0; k < m.k; k += Int4 ? 8 : 4) {
+  constexpr bool kInt4 = BlockK > 0;
+  for (int64_t k = 0; k < m.k; k += kInt4 ? 8 : 4) {
     Weights step[2];
-    if (Int4) {
-      const uint8_t* index = m.table_index + panel * m.index_per_panel + k / 16 * 4;
+    if constexpr (kInt4) {
+      const uint8_t* index = m.table_index + panel * m.index_per_panel + k / BlockK * 4;
       unpack(codes + k / 8 * 64, load_tables(tables, index), step[0], step[1]);
     } else {
       step[0] = load_weights(codes + k / 4 * 64);
     }
-    for (int s = 0; s < (Int4 ? 2 : 1); ++s)
+    for (int s = 0; s < (kInt4 ? 2 : 1); ++s)
       for (int r = 0; r < 16; ++r)
         for (int j = 0; j < 4; ++j)
           sum[r] += static_cast<double>(step[s].v[4 * r + j]) * x[k + 4 * s + j];
@@ -41,14 +42,14 @@ void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, cons
   for (int r = 0; r < 16; ++r) y[r] = static_cast<float>(sum[r] * scales[r]);
 }
 
-template <bool Int4>
+template <int BlockK>
 void gate_up(const GateUpTask& s) {
   for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
     for (int64_t i = 0; i < s.count; ++i) {
       const uint8_t* x = s.x.data + i * s.x.stride;
       float g[16], u[16];
-      panel_times_row<Int4>(s.gate, s.tables, panel, x, g);
-      panel_times_row<Int4>(s.up, s.tables, panel, x, u);
+      panel_times_row<BlockK>(s.gate, s.tables, panel, x, g);
+      panel_times_row<BlockK>(s.up, s.tables, panel, x, u);
       float* h = s.h + i * s.h_stride + 16 * panel;
       for (int r = 0; r < 16; ++r)
         h[r] = static_cast<float>(g[r] / (1.0 + std::exp(-static_cast<double>(g[r]))) * u[r]);
@@ -56,12 +57,12 @@ void gate_up(const GateUpTask& s) {
   }
 }
 
-template <bool Int4>
+template <int BlockK>
 void down(const DownTask& s) {
   for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
     for (int64_t i = 0; i < s.count; ++i) {
       float y[16];
-      panel_times_row<Int4>(s.down, s.tables, panel, s.h.data + i * s.h.stride, y);
+      panel_times_row<BlockK>(s.down, s.tables, panel, s.h.data + i * s.h.stride, y);
       float* out = s.out + s.tokens[i] * s.out_stride + 16 * panel;
       for (int r = 0; r < 16; ++r) out[r] += s.weights[i] * y[r];
     }
@@ -78,10 +79,8 @@ const Kernels kernels = {
     prepare_tables,
     keep_float<float>,
     keep_float<uint16_t>,
-    gate_up<true>,
-    gate_up<false>,
-    down<true>,
-    down<false>,
+    {gate_up<16>, gate_up<8>, gate_up<0>},
+    {down<16>, down<8>, down<0>},
     store_bf16,
 };
 

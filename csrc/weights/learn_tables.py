@@ -1,19 +1,23 @@
 """Learn the 256 tables of 16 int8 levels that INT4 blocks choose from.
 
-    python csrc/weights/learn_tables.py > csrc/weights/int4_tables.inc
+    python csrc/weights/learn_tables.py 16 > csrc/weights/int4_tables_4x16.inc
+    python csrc/weights/learn_tables.py 8 > csrc/weights/int4_tables_4x8.inc
 
-Lloyd iterations over blocks of 4 rows x 16 k, drawn from Gaussian, Student-t(5) and Laplace rows of
-V3.2's two row lengths, half of them rounded through FP8 e4m3 as the real checkpoint's are. Rows
-are normalised by their largest magnitude to +-127. A block is assigned to the table with the least
-squared error, then each table's levels move to the centroids of the weights nearest to them. Errors
-are weighted by the inverse variance of the row, since what counts is the error relative to its row.
+Lloyd iterations over blocks of 4 rows x 16 or 8 k, drawn from Gaussian, Student-t(5) and Laplace
+rows of V3.2's two row lengths, half of them rounded through FP8 e4m3 as the real checkpoint's are.
+Rows are normalised by their largest magnitude to +-127. A block is assigned to the table with the
+least squared error, then each table's levels move to the centroids of the weights nearest to them.
+Errors are weighted by the inverse variance of the row, since what counts is the error relative to
+its row.
 Seeded: the same output on every run of the same NumPy.
 """
+
+import sys
 
 import numpy as np
 
 TABLES, LEVELS = 256, 16
-BLOCK_ROWS, BLOCK_K = 4, 16
+BLOCK_ROWS, BLOCK_K = 4, int(sys.argv[1])
 BINS = np.arange(-127, 127.25, 0.25)  # histogram bin centres of a normalised weight
 ITERATIONS = 40
 BLOCKS_PER_KIND = 24_000

@@ -27,8 +27,8 @@ struct PackedProjection {
   uint16_t* scales = nullptr;  // bf16
 };
 
-// The 256 tables of 16 levels that new int4 weights are encoded with.
-const int8_t (&int4_tables())[kNumTables][kTableLevels];
+// The 256 tables of 16 levels that new weights of an int4 method are encoded with.
+const int8_t (&int4_tables(Method method))[kNumTables][kTableLevels];
 
 // Deterministic: the same bytes on every ISA. Throws std::invalid_argument for an infinity or NaN
 // in the source, naming the row and column.

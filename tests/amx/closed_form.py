@@ -15,6 +15,7 @@ A layer call is one such product for gate and up, N twice the intermediate size,
 
 from __future__ import annotations
 
+from kt_kernel.packed import BLOCK_K
 from tests.amx import tile_unit
 from tests.layers import THREADS, RandomLayer, random_batch
 from tests.shapes import LayerShape
@@ -37,7 +38,7 @@ def product(tokens: int, n: int, k: int, method: str) -> dict[str, int]:
     """Instructions of an [n, k] matrix times ``tokens``, without loadconfig and release."""
     row_blocks = -(-tokens // 16)
     sums = row_blocks * n // 16
-    slabs = -(-k // SLAB_K) if method == "AMXINT4" else 1
+    slabs = -(-k // SLAB_K) if method in BLOCK_K else 1
     steps = n // 32 * k // 64
     return {
         "product": sums * k // 64,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from kt_kernel import packed
 from tests.amx import closed_form, tile_unit
 
 KINDS = ("product", "load", "store", "zero", "loadconfig")
@@ -30,9 +31,9 @@ def main() -> int:
     print(f"{how()}. One call, one expert, {closed_form.THREADS} threads: ", end="")
     print("counted/closed form." if tile_unit.COUNTS else "closed form.")
     titles = "".join(f"{kind + 's':>16}" for kind in KINDS)
-    print(f"{'method':8}{'tokens':>7}{'hidden':>8}{'interm.':>8}{titles}")
+    print(f"{'method':10}{'tokens':>7}{'hidden':>8}{'interm.':>8}{titles}")
     differs = False
-    for method in ("AMXINT4", "AMXINT8"):
+    for method in packed.METHODS:
         for case in CASES:
             expected = closed_form.layer(*case, method)
             found = closed_form.counted(*case, method) if tile_unit.COUNTS else expected
@@ -42,7 +43,7 @@ def main() -> int:
                 cells = [f"{found.get(kind, 0)}/{expected[kind]}" for kind in KINDS]
             tokens, hidden, intermediate = case
             row = "".join(f"{cell:>16}" for cell in cells)
-            print(f"{method:8}{tokens:>7}{hidden:>8}{intermediate:>8}{row}")
+            print(f"{method:10}{tokens:>7}{hidden:>8}{intermediate:>8}{row}")
     if differs:
         print("error: a count differs from the closed form", file=sys.stderr)
     return int(differs)

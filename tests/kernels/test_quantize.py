@@ -9,23 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kt_kernel import _ext
+from kt_kernel.packed import BLOCK_K, METHODS
 from tests import reference
-
-METHODS = ["int4", "int8"]
 
 
 def decode_by_the_book(packed: dict, n: int, k: int, method: str) -> np.ndarray:
     """docs/weight-format.md, read literally: one weight at a time."""
-    tables = _ext.int4_tables()
+    tables = _ext.int4_tables(method) if method in BLOCK_K else None
     scales = (packed["scales"].astype(np.uint32) << 16).view(np.float32)
     weights = np.empty((n, k), np.float32)
     for row in range(n):
         panel, r = divmod(row, 16)
         for column in range(k):
-            if method == "int4":
+            if tables is not None:
                 byte = packed["codes"][panel, column // 8, 4 * r + column % 4]
                 code = byte >> 4 if column % 8 >= 4 else byte & 15
-                level = tables[packed["table_index"][panel, column // 16, r // 4], code]
+                block = column // BLOCK_K[method]
+                level = tables[packed["table_index"][panel, block, r // 4], code]
             else:
                 level = packed["codes"].view(np.int8)[panel, column // 4, 4 * r + column % 4]
             weights[row, column] = np.float32(level) * scales[row]
@@ -39,7 +39,7 @@ def test_bytes_are_as_documented(method: str) -> None:
     packed = _ext.quantize_projection(w, "fp32", None, method)
     want = decode_by_the_book(packed, n, k, method)
     assert np.array_equal(reference.dequantize(packed, n, k, method).astype(np.float32), want)
-    assert np.linalg.norm(want - w) / np.linalg.norm(w) < (0.09 if method == "int4" else 0.01)
+    assert np.linalg.norm(want - w) / np.linalg.norm(w) < (0.09 if method in BLOCK_K else 0.01)
 
 
 # Relative Frobenius error of the weights: measured on [512, 2048] with this seed, plus 3%.
@@ -48,6 +48,8 @@ def test_bytes_are_as_documented(method: str) -> None:
     [
         ("int4", "gaussian", 0.0800),
         ("int4", "student-t5", 0.0975),
+        ("int4-4x8", "gaussian", 0.0720),
+        ("int4-4x8", "student-t5", 0.0845),
         ("int8", "gaussian", 0.0083),
         ("int8", "student-t5", 0.0200),
     ],
@@ -62,14 +64,16 @@ def test_weight_error(method: str, kind: str, bound: float) -> None:
     assert bound / 1.5 < error < bound
 
 
-def test_int4_chooses_the_best_table_almost_always() -> None:
+@pytest.mark.parametrize("method", BLOCK_K)
+def test_int4_chooses_the_best_table_almost_always(method: str) -> None:
     """The search bins its weights: an exhaustive one in float finds at most 0.1% less error."""
     rng = np.random.default_rng(3)
     w = rng.standard_t(5, (64, 256)).astype(np.float32)
-    packed = _ext.quantize_projection(w, "fp32", None, "int4")
+    packed = _ext.quantize_projection(w, "fp32", None, method)
+    block_k = BLOCK_K[method]
     x = w * (127 / np.abs(w).max(axis=1, keepdims=True))
-    blocks = x.reshape(16, 4, 16, 16).swapaxes(1, 2).reshape(-1, 64)
-    tables = _ext.int4_tables().astype(np.float32)
+    blocks = x.reshape(16, 4, -1, block_k).swapaxes(1, 2).reshape(-1, 4 * block_k)
+    tables = _ext.int4_tables(method).astype(np.float32)
     distance = np.abs(blocks[:, None, :, None] - tables[None, :, None, :]).min(axis=3)
     errors = (distance**2).sum(axis=2)
     index = packed["table_index"].swapaxes(1, 2).reshape(-1)  # [panel, lane, block]
@@ -180,15 +184,16 @@ def test_any_values_come_back(method, n64, k64, kind, seed) -> None:
     # Below the smallest normal number a scale of its own has few bits left.
     error, tiny = np.abs(found - w), 2e-38
     # An int4 block may cut its largest weight off at a level, where that costs the block least.
-    step = 0.5 if method == "int4" else 0.51 / 127
+    step = 0.5 if method in BLOCK_K else 0.51 / 127
     assert np.all(error <= step * np.abs(w).max(axis=1, keepdims=True) + tiny)
     norms = np.linalg.norm(w.astype(np.float64), axis=1)
-    bound = 0.3 if method == "int4" else 0.05
+    bound = 0.3 if method in BLOCK_K else 0.05
     assert np.all(np.linalg.norm(error, axis=1) <= bound * norms + tiny * w.shape[1])
 
 
-def test_tables_are_ascending_and_int8() -> None:
-    tables = _ext.int4_tables().astype(int)
+@pytest.mark.parametrize("method", BLOCK_K)
+def test_tables_are_ascending_and_int8(method: str) -> None:
+    tables = _ext.int4_tables(method).astype(int)
     assert tables.shape == (256, 16)
     assert np.all(np.diff(tables, axis=1) >= 0)
     # -128 has no positive twin: the AVX2 kernel takes magnitudes.

@@ -35,8 +35,8 @@ def write_layer(
         ]
         for part in experts[0]:
             tensors[f"{projection}.{part}"] = np.stack([expert[part] for expert in experts])
-    if layout.method == "int4":
-        tensors["tables"] = _ext.int4_tables()
+    if layout.has_tables:
+        tensors["tables"] = _ext.int4_tables(layout.method)
 
     entries: dict[str, object] = {"__metadata__": layout.metadata(layer_idx) | (metadata or {})}
     data = b""
@@ -68,7 +68,7 @@ def write_random_layer(folder: Path, layout: PackedLayout) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, spec in layout.tensors().items():
             if name == "tables":
-                file.write(_ext.int4_tables().tobytes())
+                file.write(_ext.int4_tables(layout.method).tobytes())
             elif name.endswith("scales"):
                 file.write(np.full(spec.shape, 0x38D2, np.uint16).tobytes())  # bf16 of 1e-4
             else:

@@ -30,7 +30,7 @@ def test_same_bits_as_on_the_cpu(method: str, dtype: torch.dtype) -> None:
 
 
 def test_graph_capture_is_refused() -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("AMXINT4")
+    wrapper = RandomLayer(SHAPE).wrapper("int4")
     batch = [t.cuda() for t in random_batch(SHAPE, 2)]
     with (
         pytest.raises(UserError, match="--disable-decode-cuda-graph"),

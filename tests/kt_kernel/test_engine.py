@@ -115,7 +115,7 @@ def test_workers_are_named_pinned_and_end_with_their_engine() -> None:
 
 
 def test_idle_workers_take_no_cpu_time() -> None:
-    wrapper = RandomLayer(LAYERS[0]).wrapper("AMXINT4")
+    wrapper = RandomLayer(LAYERS[0]).wrapper("int4")
     wrapper.forward(*random_batch(LAYERS[0], 10), 0)
     time.sleep(0.1)  # they spin a little before they sleep
     before = time.process_time()
@@ -134,10 +134,10 @@ def test_an_error_in_a_worker_reaches_python(tmp_path: Path, slices: int) -> Non
     everything = list(range(e))
     for _ in range(3):
         with pytest.raises(RuntimeError, match=r"short ends before byte \d+"):
-            layer.load_file(str(path), [[0, 0, 0]] * 3, _ext.int4_tables(), everything)
+            layer.load_file(str(path), [[0, 0, 0]] * 3, _ext.int4_tables("int4"), everything)
     random = RandomLayer(LAYERS[0])
     x, ids, weights = random_batch(LAYERS[0], 5)
-    want = random.wrapper("AMXINT4", threadpool_count=slices).forward(x, ids, weights, 0)
+    want = random.wrapper("int4", threadpool_count=slices).forward(x, ids, weights, 0)
     tensors = (random.gate, random.up, random.down)
     layer.load_matrices([tensor.data_ptr() for tensor in tensors], "bf16", everything)
     found, on_gpu = torch.empty_like(x), torch.zeros(e, dtype=torch.bool)

@@ -16,7 +16,7 @@ from tests.kt_kernel.files import LAYOUTS, write_layer
 V32 = {"num_experts": 256, "hidden_size": 7168, "intermediate_size": 2048}
 
 
-@pytest.mark.parametrize(("method", "bits"), [("int4", 4.13), ("int8", 8.00)])
+@pytest.mark.parametrize(("method", "bits"), [("int4", 4.13), ("int4-4x8", 4.255), ("int8", 8.00)])
 def test_bits_per_weight_at_v32_shape(method: str, bits: float) -> None:
     """337 GB of INT4 for 58 layers: what the 350 GB host of the tutorial holds."""
     layout = PackedLayout(**V32, method=method)
@@ -31,7 +31,7 @@ def test_shapes_are_the_extensions(method: str) -> None:
     for projection in packed.PROJECTIONS:
         n, k = layout.projection_shape(projection)
         assert specs[f"{projection}.codes"].shape == (3, *_ext.codes_shape(n, k, method))
-    assert ("tables" in specs) == (method == "int4")
+    assert ("tables" in specs) == (method in packed.BLOCK_K)
 
 
 @pytest.mark.parametrize("size", [0, 32, 100, -64])

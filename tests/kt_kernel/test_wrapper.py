@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kt_kernel import KTMoEWrapper
+from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
 from tests import reference
 from tests.kt_kernel.files import LAYOUTS, write_layer
@@ -32,14 +32,14 @@ SHAPE = LayerShape(4, 2, 256, 64)
 IDENTITY = torch.arange(4)
 
 
-@pytest.mark.parametrize("method", ["int4", "int8"])
+@pytest.mark.parametrize("method", packed.METHODS)
 def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None:
     """Read from disk against dequantised with the public reader, in an order of the map's."""
     from safetensors import safe_open
 
     path = write_layer(tmp_path, LAYOUTS[method], 3)
     wrapper = KTMoEWrapper(
-        **{**ARGUMENTS, "weight_path": str(tmp_path), "method": f"AMX{method.upper()}"}
+        **{**ARGUMENTS, "weight_path": str(tmp_path), "method": packed.SERVED_AS[method]}
     )
     order = torch.tensor([2, 0, 3, 1])
     wrapper.load_weights(order)
@@ -66,7 +66,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
             )
     x, ids, weights = random_batch(SHAPE, 11)
     want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), experts, True)
-    assert reference.relative_error(wrapper.forward(x, ids, weights, 0), want) < 3e-4
+    reference.assert_same(wrapper.forward(x, ids, weights, 0), want)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_bad_tensors() -> None:
 
 
 def test_bad_calls() -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("AMXINT4")
+    wrapper = RandomLayer(SHAPE).wrapper("int4")
     x, ids, weights = random_batch(SHAPE, 5)
     for args, message in (
         ((x[:, :64], ids, weights), "hidden_states is"),
@@ -167,8 +167,8 @@ def test_deferral_is_announced_and_exact(caplog: pytest.LogCaptureFixture) -> No
     KTMoEWrapper._deferral_reported = False
     layer = RandomLayer(LAYERS[0])
     batch = random_batch(LAYERS[0], 4)
-    want = layer.wrapper("AMXINT8").forward(*batch, 0)
-    found = layer.wrapper("AMXINT8", max_deferred_experts_per_token=1).forward(*batch, 0)
+    want = layer.wrapper("int8").forward(*batch, 0)
+    found = layer.wrapper("int8", max_deferred_experts_per_token=1).forward(*batch, 0)
     assert torch.equal(found, want)
     assert "every expert runs at once" in caplog.text
 
@@ -183,6 +183,6 @@ def test_capture_sizes() -> None:
 def test_dropping_a_wrapper_with_a_call_pending_is_safe() -> None:
     layer = RandomLayer(SHAPE)
     for _ in range(20):
-        wrapper = layer.wrapper("AMXINT4")
+        wrapper = layer.wrapper("int4")
         wrapper.submit_forward(*random_batch(SHAPE, 64), 0)
         del wrapper

@@ -74,6 +74,7 @@ def read_packed(path: Path) -> dict[str, torch.Tensor]:
         metadata = file.metadata()
         tensors = {name: as_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     method = metadata["method"]
+    has_tables = method in packed.BLOCK_K
     hidden, intermediate = int(metadata["hidden_size"]), int(metadata["intermediate_size"])
     result = {}
     for projection in PROJECTIONS:
@@ -84,8 +85,8 @@ def read_packed(path: Path) -> dict[str, torch.Tensor]:
                     _ext.dequantize_projection(
                         tensors[f"{projection}.codes"][expert].view(np.uint8),
                         tensors[f"{projection}.scales"][expert],
-                        tensors[f"{projection}.table_index"][expert] if method == "int4" else None,
-                        tensors["tables"] if method == "int4" else None,
+                        tensors[f"{projection}.table_index"][expert] if has_tables else None,
+                        tensors["tables"] if has_tables else None,
                         rows,
                         columns,
                         method,
