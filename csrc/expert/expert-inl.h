@@ -4,50 +4,72 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
+// Adds what the row's outliers give: y[p] += (outliers . w_p) * scale[p] * weight.
+template <int BlockK, int P>
+inline void add_outliers(const Panels<P>& panels, const Rows& x, int64_t row,
+                         const Floats (&scale)[P], float weight, Floats (&y)[P]) {
+  const auto& outliers = *reinterpret_cast<const Outliers*>(x.data + row * x.stride + panels.k);
+  Acc acc[P];
+  for (int p = 0; p < P; ++p) acc[p] = zero_acc();
+  for (int s = 0; s < x.scales[row].outlier_steps; ++s) {
+    const Activation a = load_activation(reinterpret_cast<const uint8_t*>(outliers.q[s]));
+    for (int p = 0; p < P; ++p)
+      dot(acc[p],
+          weights_at<BlockK>(panels.codes[p], panels.index[p], panels.tables, outliers.step[s]), a);
+  }
+  const Floats factor = set1(outliers.scale * weight);
+  for (int p = 0; p < P; ++p)
+    y[p] = add(y[p], mul(mul(acc_to_floats(acc[p], outliers.sum), scale[p]), factor));
+}
+
 // The epilogues: what becomes of token i's sums of two panels. `Offset`: whether the weights were
 // the target's unsigned ones (w + 128).
 
-template <bool Offset>
+template <int BlockK, bool Offset>
 struct GateUpEpilogue {
   const GateUpTask& task;
-  int64_t panel;
-  Floats gate_scale, up_scale;
+  const Panels<2>& panels;
+  float* h;  // of the first token
+  Floats scale[2];
 
-  GateUpEpilogue(const GateUpTask& t, int64_t at)
+  GateUpEpilogue(const GateUpTask& t, const Panels<2>& p, int64_t panel)
       : task(t),
-        panel(at),
-        gate_scale(load_bf16(t.gate.scales + 16 * at)),
-        up_scale(load_bf16(t.up.scales + 16 * at)) {}
+        panels(p),
+        h(t.h + 16 * panel),
+        scale{load_bf16(t.gate.scales + 16 * panel), load_bf16(t.up.scales + 16 * panel)} {}
 
   void operator()(int64_t i, const Acc (&sums)[2]) const {
     const RowScale& row = task.x.scales[i];
     const int32_t x_sum = Offset ? row.sum : 0;
     const Floats x_scale = set1(row.scale);
-    const Floats g = mul(mul(acc_to_floats(sums[0], x_sum), gate_scale), x_scale);
-    const Floats u = mul(mul(acc_to_floats(sums[1], x_sum), up_scale), x_scale);
-    store_floats(task.h + i * task.h_stride + 16 * panel, silu_mul(g, u));
+    Floats y[2];
+    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], x_sum), scale[p]), x_scale);
+    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.x, i, scale, 1.0f, y);
+    store_floats(h + i * task.h_stride, silu_mul(y[0], y[1]));
   }
 };
 
-template <bool Offset, int P>
+template <int BlockK, bool Offset, int P>
 struct DownEpilogue {
   const DownTask& task;
-  int64_t panel;
+  const Panels<P>& panels;
+  float* out;  // of row 0
   Floats scale[P];
 
-  DownEpilogue(const DownTask& t, int64_t at) : task(t), panel(at) {
-    for (int p = 0; p < P; ++p) scale[p] = load_bf16(t.down.scales + 16 * (at + p));
+  DownEpilogue(const DownTask& t, const Panels<P>& at, int64_t panel)
+      : task(t), panels(at), out(t.out + 16 * panel) {
+    for (int p = 0; p < P; ++p) scale[p] = load_bf16(t.down.scales + 16 * (panel + p));
   }
 
   void operator()(int64_t i, const Acc (&sums)[P]) const {
     const RowScale& row = task.h.scales[i];
     const int32_t h_sum = Offset ? row.sum : 0;
     const Floats weight = set1(task.weights[i] * row.scale);
-    float* out = task.out + task.tokens[i] * task.out_stride + 16 * panel;
-    for (int p = 0; p < P; ++p) {
-      const Floats y = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
-      store_floats(out + 16 * p, add(load_floats(out + 16 * p), y));
-    }
+    Floats y[P];
+    for (int p = 0; p < P; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
+    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.h, i, scale, task.weights[i], y);
+    float* to = out + task.tokens[i] * task.out_stride;
+    for (int p = 0; p < P; ++p) store_floats(to + 16 * p, add(load_floats(to + 16 * p), y[p]));
   }
 };
 
@@ -83,21 +105,27 @@ inline Panels<P> down_panels(const DownTask& s, int64_t panel) {
 
 template <int BlockK>
 void gate_up(const GateUpTask& s) {
-  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel)
-    multiply_panels<2, BlockK>(gate_up_panels(s, panel), s.x, s.count, s.workspace,
-                               GateUpEpilogue<true>(s, panel));
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
+    const Panels<2> panels = gate_up_panels(s, panel);
+    multiply_panels<2, BlockK>(panels, s.x, s.count, s.workspace,
+                               GateUpEpilogue<BlockK, true>(s, panels, panel));
+  }
+}
+
+// P panels from `panel`.
+template <int P, int BlockK>
+inline void down_block(const DownTask& s, int64_t panel) {
+  const Panels<P> panels = down_panels<P>(s, panel);
+  multiply_panels<P, BlockK>(panels, s.h, s.count, s.workspace,
+                             DownEpilogue<BlockK, true, P>(s, panels, panel));
 }
 
 template <int BlockK>
 void down(const DownTask& s) {
   int64_t panel = s.panel;
   const int64_t end = s.panel + s.panels;
-  for (; panel + 2 <= end; panel += 2)
-    multiply_panels<2, BlockK>(down_panels<2>(s, panel), s.h, s.count, s.workspace,
-                               DownEpilogue<true, 2>(s, panel));
-  if (panel < end)
-    multiply_panels<1, BlockK>(down_panels<1>(s, panel), s.h, s.count, s.workspace,
-                               DownEpilogue<true, 1>(s, panel));
+  for (; panel + 2 <= end; panel += 2) down_block<2, BlockK>(s, panel);
+  if (panel < end) down_block<1, BlockK>(s, panel);
 }
 
 }  // namespace

@@ -10,9 +10,11 @@ template <int BlockK>
 void gate_up_tiles(const GateUpTask& s) {
   if (s.count < kMinTileTokens) return gate_up<BlockK>(s);
   configure_tiles();
-  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel)
-    multiply_tile_panels<BlockK>(gate_up_panels(s, panel), s.x, s.count, s.workspace,
-                                 GateUpEpilogue<(BlockK > 0)>(s, panel));
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
+    const Panels<2> panels = gate_up_panels(s, panel);
+    multiply_tile_panels<BlockK>(panels, s.x, s.count, s.workspace,
+                                 GateUpEpilogue<BlockK, (BlockK > 0)>(s, panels, panel));
+  }
   release_tiles();
 }
 
@@ -21,9 +23,11 @@ template <int BlockK>
 void down_tiles(const DownTask& s) {
   if (s.count < kMinTileTokens) return down<BlockK>(s);
   configure_tiles();
-  for (int64_t panel = s.panel; panel < s.panel + s.panels; panel += 2)
-    multiply_tile_panels<BlockK>(down_panels<2>(s, panel), s.h, s.count, s.workspace,
-                                 DownEpilogue<(BlockK > 0), 2>(s, panel));
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; panel += 2) {
+    const Panels<2> panels = down_panels<2>(s, panel);
+    multiply_tile_panels<BlockK>(panels, s.h, s.count, s.workspace,
+                                 DownEpilogue<BlockK, (BlockK > 0), 2>(s, panels, panel));
+  }
   release_tiles();
 }
 

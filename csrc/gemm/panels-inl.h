@@ -103,6 +103,19 @@ inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, con
   }
 }
 
+// The weights of a panel at k = 4 step .. 4 step + 3.
+template <int BlockK>
+inline Weights weights_at(const uint8_t* codes, const uint8_t* index, const uint8_t* tables,
+                          int64_t step) {
+  if constexpr (BlockK > 0) {
+    Weights low, high;
+    unpack(codes + step / 2 * 64, load_tables(tables, index + 4 * step / BlockK * 4), low, high);
+    return step % 2 == 0 ? low : high;
+  } else {
+    return load_weights(codes + step * 64);
+  }
+}
+
 // acc[t][p] += the weights of P panels at k .. k + 3 times those of T rows.
 template <int P, int T>
 inline void multiply_step(const Weights (&w)[P], const uint8_t* const (&x)[T], int64_t k,

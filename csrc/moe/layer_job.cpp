@@ -12,10 +12,10 @@ namespace {
 // register block.
 constexpr int64_t kDownPanels = 2;
 
-// Distance of rows in scratch memory, in bytes and in floats: a cache line more than the row, since
-// rows a multiple of 4 KiB apart would all lie in the same set of the cache.
+// Distance of rows in scratch memory, in bytes and in floats: an odd number of cache lines more
+// than the row, since rows a multiple of 4 KiB apart would all lie in the same set of the cache.
 int64_t row_stride(int64_t width, const Kernels& kernels) {
-  return width * kernels.activation_bytes + 64;
+  return width * kernels.activation_bytes + kRowTailBytes + 64;
 }
 int64_t float_stride(int64_t width) { return width + 16; }
 
@@ -186,7 +186,9 @@ void LayerJob::quantize_input(int64_t token, uint8_t* rows, RowScale* scales) co
     if (pair < 0) continue;
     uint8_t* q = rows + pair * stride;
     if (first >= 0) {
-      std::memcpy(q, rows + first * stride, static_cast<size_t>(width * kernels_.activation_bytes));
+      const int64_t tail = scales[first].outlier_steps > 0 ? kRowTailBytes : 0;
+      std::memcpy(q, rows + first * stride,
+                  static_cast<size_t>(width * kernels_.activation_bytes + tail));
       scales[pair] = scales[first];
       continue;
     }

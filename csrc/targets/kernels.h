@@ -12,7 +12,20 @@ namespace kt {
 struct RowScale {
   float scale;
   int32_t sum;
+  int32_t outlier_steps;  // 0 in ordinary rows
 };
+
+// A second term, in a few steps of 4 k, for a row whose few largest values would leave all others
+// too coarse a step: there x ~ row scale * row q + scale * q. It lies behind the row's q.
+constexpr int kMaxOutlierSteps = 16;
+struct Outliers {
+  float scale;
+  int32_t sum;                                // of q
+  uint16_t step[kMaxOutlierSteps];            // ascending; step s is k = 4 s .. 4 s + 3
+  alignas(16) int8_t q[kMaxOutlierSteps][4];  // 0 where x is none
+};
+constexpr int64_t kRowTailBytes = 128;
+static_assert(sizeof(Outliers) <= kRowTailBytes);
 
 // One projection of one expert, or one panel of it (layout.h).
 struct Matrix {
@@ -24,7 +37,8 @@ struct Matrix {
   int64_t index_per_panel;
 };
 
-// Quantised activation rows of the tokens of one expert: row i starts at data + i * stride bytes.
+// Quantised activation rows of the tokens of one expert: row i starts at data + i * stride bytes,
+// and kRowTailBytes behind it are its Outliers'.
 // At least kRowPadding further rows may be read (their results are dropped), so that kernels can
 // work in whole blocks.
 struct Rows {
@@ -71,6 +85,7 @@ struct Kernels {
   int activation_bytes;     // bytes of one quantised activation: 1, or 4 in the reference target
   int64_t workspace_bytes;  // of one worker, a multiple of 64
   void (*prepare_tables)(const int8_t* tables, uint8_t* prepared);  // both [256][16]
+  // q has room for k activations and the tail.
   void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*gate_up[3])(const GateUpTask&);  // by Method (layout.h)

@@ -13,7 +13,7 @@ template <class T>
 void keep_float(const T* x, int64_t k, uint8_t* q, RowScale* scale) {
   for (int64_t i = 0; i < k; i += 16)
     store_floats(reinterpret_cast<float*>(q) + i, load_row(x + i));
-  *scale = {1.0f, 0};
+  *scale = {1.0f, 0, 0};
 }
 
 // y[r] = scales[r] * sum over k of w[r][k] x[k] for the 16 rows of a panel.
