@@ -7,6 +7,8 @@ import platform
 import re
 from pathlib import Path
 
+from kt_kernel.host import parse_cpu_list
+
 _SYS_CPU = Path("/sys/devices/system/cpu")
 
 
@@ -23,21 +25,12 @@ def cpu_brand() -> str:
     return found[1] if found else platform.machine()
 
 
-def parse_cpu_list(text: str) -> list[int]:
-    """``"0,4-6"`` -> [0, 4, 5, 6], the kernel's notation for sets of CPUs."""
-    cpus: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        cpus += range(int(first), int(last or first) + 1)
-    return cpus
-
-
 def allowed_cpus() -> list[int]:
     """CPUs that this process may use, one of each physical core before any second hyperthread."""
 
     def rank(cpu: int) -> int:
         siblings = parse_cpu_list(_read(_SYS_CPU / f"cpu{cpu}/topology/thread_siblings_list"))
-        return siblings.index(cpu) if cpu in siblings else 0
+        return sorted(siblings).index(cpu) if cpu in siblings else 0
 
     return sorted(os.sched_getaffinity(0), key=lambda cpu: (rank(cpu), cpu))
 

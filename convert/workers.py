@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from kt_kernel.host import parse_cpu_list, read_cpu_quota
+
 _SYSFS_NODES = Path("/sys/devices/system/node")
-_CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 
 
 class Stopped(Exception):
@@ -43,15 +44,14 @@ class StopRequest:
             raise Stopped(self.signum)
 
 
-def default_thread_count(cpu_max: Path = _CGROUP_CPU_MAX) -> int:
-    """CPUs this process may use: its affinity mask, and no more than its cgroup's CPU quota."""
+def default_thread_count(root: Path = Path("/")) -> int:
+    """CPUs this process may use: its affinity mask, and no more than its cgroups' CPU quota.
+
+    ``root`` is where ``/proc`` and ``/sys`` are, for tests.
+    """
     count = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text().split()
-        count = min(count, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass  # no cgroup v2 here, or "max": no quota
-    return max(1, count)
+    quota = read_cpu_quota(root)
+    return max(1, count if quota is None else min(count, math.ceil(quota)))
 
 
 def node_cpus(sysfs: Path = _SYSFS_NODES) -> list[set[int]]:
@@ -66,19 +66,6 @@ def node_cpus(sysfs: Path = _SYSFS_NODES) -> list[set[int]]:
         if cpus:
             nodes.append(cpus)
     return nodes or [usable]
-
-
-def parse_cpu_list(text: str) -> set[int]:
-    """``0-3,8`` -> {0, 1, 2, 3, 8}.
-
-    Raises:
-        ValueError: the text is not a list of that form.
-    """
-    cpus: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return cpus
 
 
 def worker_pool(threads: int, nodes: int) -> ThreadPoolExecutor:

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.machine import parse_cpu_list
-from kt_kernel.host import ancestors
+from kt_kernel.host import ancestors, parse_cpu_list
 
 _SYS_MBIND = 237  # x86-64
 _MPOL_DEFAULT = 0

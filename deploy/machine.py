@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kt_kernel.host import read_cpu_quota
+from kt_kernel.host import parse_cpu_list, read_cpu_quota
 
 _CUDA_ERROR_NO_DEVICE = 100
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -76,16 +76,6 @@ def survey(root: Path = Path("/")) -> Machine:
         gpu=gpu,
         gpu_problem=gpu_problem,
     )
-
-
-def parse_cpu_list(text: str) -> set[int]:
-    """The CPUs of a kernel list such as ``0-3,8``."""
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        if part:
-            first, _, last = part.partition("-")
-            cpus.update(range(int(first), int(last or first) + 1))
-    return cpus
 
 
 def count_cores(cpus: set[int], root: Path = Path("/")) -> int:

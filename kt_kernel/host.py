@@ -1,4 +1,4 @@
-"""What the host grants this process that C++ need not know: CPU time and huge pages.
+"""What the host grants this process, as far as Python asks: CPU time, CPU lists and huge pages.
 
 ``root`` is where ``/proc`` and ``/sys`` are, for tests.
 """
@@ -58,3 +58,16 @@ def huge_page_mode(root: Path = Path("/")) -> str:
     except OSError:
         return ""
     return text.partition("[")[2].partition("]")[0]
+
+
+def parse_cpu_list(text: str) -> set[int]:
+    """The CPUs of a kernel list such as ``0-3,8``.
+
+    Raises:
+        ValueError: the text is not a list of that form.
+    """
+    cpus: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        cpus.update(range(int(first), int(last or first) + 1))
+    return cpus

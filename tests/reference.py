@@ -20,10 +20,10 @@ OUTLIER_STEPS, OUTLIER_RATIO, LEAST_OUTLIER_K = 16, 4, 256
 def through_int8(x: np.ndarray) -> np.ndarray:
     """float32 rows -> what their int8 form stands for, float64.
 
-    One scale for each row, q = round-half-even(x * (127 / max|x|)), all in float32. Where at most 16
-    steps of 4 k hold a value above a quarter of the largest, the values of the 16 largest steps that
-    are above all other steps come in two terms: int8 with a scale of their own, and what that leaves,
-    with the row's scale.
+    One scale for each row, q = round-half-even(x * (127 / max|x|)), all in float32. Where at most
+    16 steps of 4 k hold a value above a quarter of the largest, the values of the 16 largest steps
+    that are above all other steps come in two terms: int8 with a scale of their own, and what that
+    leaves, with the row's scale.
     """
     f32 = np.float32
     result = np.empty(x.shape)

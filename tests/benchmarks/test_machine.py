@@ -10,13 +10,6 @@ from benchmarks import machine
 
 
 @pytest.mark.parametrize(
-    ("text", "cpus"), [("0", [0]), ("0,4-6", [0, 4, 5, 6]), ("2-3,8", [2, 3, 8]), ("", [])]
-)
-def test_cpu_list(text: str, cpus: list[int]):
-    assert machine.parse_cpu_list(text) == cpus
-
-
-@pytest.mark.parametrize(
     ("text", "size"), [("32768K", 32 << 20), ("307200K", 300 << 20), ("1G", 1 << 30), ("?", 0)]
 )
 def test_size(text: str, size: int):

@@ -16,38 +16,23 @@ from convert.workers import (
     StopRequest,
     default_thread_count,
     node_cpus,
-    parse_cpu_list,
     run_all,
     worker_pool,
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5", {5}), ("\n", set()), ("0-1,4-5", {0, 1, 4, 5})],
-)
-def test_parse_cpu_list(text: str, expected: set[int]) -> None:
-    assert parse_cpu_list(text) == expected
-
-
-@pytest.mark.parametrize("text", ["a", "1-b", "-"])
-def test_parse_cpu_list_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match="invalid literal"):
-        parse_cpu_list(text)
 
 
 def test_default_thread_count_respects_affinity_and_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    quota = tmp_path / "cpu.max"
-    assert default_thread_count(quota) == 8  # no such file
-    quota.write_text("max 100000\n")
-    assert default_thread_count(quota) == 8
-    quota.write_text("250000 100000\n")
-    assert default_thread_count(quota) == 3
-    quota.write_text("5000 100000\n")
-    assert default_thread_count(quota) == 1
+    assert default_thread_count(tmp_path) == 8  # no control groups
+    quota = tmp_path / "sys/fs/cgroup/cpu.max"
+    for file in (quota, tmp_path / "proc/self/cgroup"):
+        file.parent.mkdir(parents=True)
+        file.write_text("0::/\n")
+    for text, threads in (("max", 8), ("250000", 3), ("5000", 1)):
+        quota.write_text(f"{text} 100000\n")
+        assert default_thread_count(tmp_path) == threads
 
 
 def make_nodes(sysfs: Path, *cpu_lists: str) -> Path:

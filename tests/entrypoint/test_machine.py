@@ -10,10 +10,9 @@ from deploy.machine import (
     count_cores,
     count_numa_nodes,
     find_gpu,
-    parse_cpu_list,
     survey,
 )
-from kt_kernel.host import read_cpu_quota
+from kt_kernel.host import parse_cpu_list, read_cpu_quota
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -21,11 +20,6 @@ def write(root: Path, files: dict[str, str]) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
-
-
-def test_cpu_lists() -> None:
-    assert parse_cpu_list("0-3,8\n") == {0, 1, 2, 3, 8}
-    assert parse_cpu_list("\n") == set()
 
 
 def test_cores_with_hyperthreads(tmp_path: Path) -> None:
@@ -48,6 +42,20 @@ def test_numa_nodes_of_the_cpu_set(tmp_path: Path) -> None:
     assert count_numa_nodes(set(range(8)), tmp_path) == 2
     assert count_numa_nodes({4, 5}, tmp_path) == 1
     assert count_numa_nodes({4, 5}, tmp_path / "nothing") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0-3,8\n", {0, 1, 2, 3, 8}), ("5", {5}), ("\n", set()), ("0-1,4-5", {0, 1, 4, 5})],
+)
+def test_parse_cpu_list(text: str, expected: set[int]) -> None:
+    assert parse_cpu_list(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "1-b", "-"])
+def test_parse_cpu_list_refuses(text: str) -> None:
+    with pytest.raises(ValueError, match="invalid literal"):
+        parse_cpu_list(text)
 
 
 @pytest.mark.parametrize(
