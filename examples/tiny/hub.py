@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import re
+import select
 import signal
 import sys
 import threading
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from kt_kernel.errors import UserError
@@ -152,7 +153,7 @@ class Hub(ThreadingHTTPServer):
             raise UserError(f"--root {root} is not a folder; expected <root>/<organisation>/<name>")
         self.repositories = Repositories(root)
         self.options = options or HubOptions()
-        self.active_requests = 0
+        self._connections = 0
         self._log = log
         self._counting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -176,10 +177,25 @@ class Hub(ThreadingHTTPServer):
             self.options.drop_times -= 1
             return self.options.drop_times >= 0
 
-    def count_active(self, change: int) -> None:
-        """Keep ``active_requests``, the number being answered (tests wait for 0)."""
+    def is_idle(self) -> bool:
+        """Whether no client is connected, or waiting to be (tests wait for that)."""
+        waiting, _, _ = select.select([self.socket], [], [], 0)
         with self._counting:
-            self.active_requests += change
+            return self._connections == 0 and not waiting
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Count the connection from here on; its thread may begin late."""
+        with self._counting:
+            self._connections += 1
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer one connection to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._counting:
+                self._connections -= 1
 
     def record(self, line: str) -> None:
         """Write one line to the log, if there is one."""
@@ -217,14 +233,12 @@ class HubHandler(BaseHTTPRequestHandler):
         """Answer a GET (also a HEAD, which differs only in sending no body)."""
         self._sent = 0
         self._status = HTTPStatus.OK
-        self.server.count_active(+1)
         try:
             self._route(urlsplit(self.path).path)
         except HubError as error:
             self._send_error(error)
         finally:
             self.server.record(f"{self.command} {self.path} {self._status:d} {self._sent}")
-            self.server.count_active(-1)
 
     do_HEAD = do_GET
 

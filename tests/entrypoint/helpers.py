@@ -161,7 +161,7 @@ class LocalHub:
     def forget(self) -> None:
         """Empty the log, once the requests of a killed client are in it too."""
         deadline = time.monotonic() + 30
-        while self.hub.active_requests:
+        while not self.hub.is_idle():
             assert time.monotonic() < deadline, "the hub still answers a client that is gone"
             time.sleep(0.02)
         self.log.seek(0)

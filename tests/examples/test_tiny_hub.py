@@ -170,7 +170,7 @@ def test_killed_client_goes_on_where_it_stopped(root: Path, tmp_path: Path) -> N
         client.wait()
         done = contents(model)
         assert len(done) < len(contents(root / REPO))
-        wait_until(lambda: hub.active_requests == 0)
+        wait_until(hub.is_idle)
         begin = len(log.getvalue())
         hub.options.rate = None
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
