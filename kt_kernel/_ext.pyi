@@ -41,6 +41,7 @@ def quantize_projection(
     dtype: str,
     scale_inv: NDArray[np.float32] | None,
     method: str,
+    target: str = "",
 ) -> dict[str, NDArray]:
     """Pack one projection [N, K] of one expert; single-threaded, releases the GIL.
 
@@ -49,6 +50,7 @@ def quantize_projection(
         dtype: ``"fp8_e4m3"``, ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         scale_inv: for FP8, [ceil(N / 128), ceil(K / 128)].
         method: one of ``packed.METHODS``.
+        target: whose instructions to use, ``""`` for the best; the bytes are the same.
 
     Returns:
         ``codes``, ``scales`` and, for int4, ``table_index``, shaped as in docs/weight-format.md

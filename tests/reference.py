@@ -11,7 +11,7 @@ from kt_kernel import _ext
 from kt_kernel.packed import BLOCK_K
 
 #: Error of an output row, relative to the mean: float rounding, and one step of one intermediate.
-ROUNDING, ONE_STEP = 2e-5, 4e-3
+ROUNDING, ONE_STEP = 2e-5, 8e-3
 
 
 OUTLIER_STEPS, OUTLIER_RATIO, LEAST_OUTLIER_K = 16, 4, 256

@@ -1,11 +1,9 @@
 // Conversions from the storage formats of checkpoints to float.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace kt {
 
@@ -45,30 +43,6 @@ inline float fp16_to_float(uint16_t bits) {
     return sign ? -magnitude : magnitude;
   }
   return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
-}
-
-// OCP 8-bit floating point E4M3: bias 7, no infinities, NaN is S.1111.111.
-inline float fp8_e4m3_to_float(uint8_t bits) {
-  const int exponent = (bits >> 3) & 0xf;
-  const int mantissa = bits & 7;
-  float magnitude;
-  if (exponent == 15 && mantissa == 7) {
-    magnitude = std::numeric_limits<float>::quiet_NaN();
-  } else if (exponent == 0) {
-    magnitude = std::ldexp(static_cast<float>(mantissa), -9);
-  } else {
-    magnitude = std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
-  }
-  return bits & 0x80 ? -magnitude : magnitude;
-}
-
-inline const std::array<float, 256>& fp8_e4m3_table() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> values{};
-    for (int i = 0; i < 256; ++i) values[i] = fp8_e4m3_to_float(static_cast<uint8_t>(i));
-    return values;
-  }();
-  return table;
 }
 
 }  // namespace kt

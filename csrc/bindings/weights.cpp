@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "bindings/bindings.h"
 #include "bindings/enums.h"
+#include "targets/dispatch.h"
 #include "weights/quantize.h"
 
 namespace py = pybind11;
@@ -41,7 +42,8 @@ std::vector<int64_t> codes_shape(int64_t n, int64_t k, const std::string& method
 }
 
 py::dict quantize(const py::array& weight, const std::string& dtype,
-                  const std::optional<Array<float>>& scale_inv, const std::string& method) {
+                  const std::optional<Array<float>>& scale_inv, const std::string& method,
+                  const std::string& target) {
   if (weight.ndim() != 2 || !(weight.flags() & py::array::c_style))
     fail_argument("weight has ", weight.ndim(),
                   " dimensions or gaps: expected a contiguous matrix");
@@ -66,9 +68,10 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   Array<uint8_t> index({layout.panels(), layout.index_per_panel() / 4, int64_t{4}});
   Array<uint16_t> scales(layout.n);
   const PackedProjection out{codes.mutable_data(), index.mutable_data(), scales.mutable_data()};
+  const QuantizeKernels& kernels = find_target(target).quantize;
   {
     const py::gil_scoped_release release;
-    quantize_projection(source, how, out);
+    quantize_projection(source, how, kernels, out);
   }
   py::dict packed;
   packed["codes"] = codes;
@@ -107,7 +110,7 @@ Array<float> dequantize(const Array<uint8_t>& codes, const Array<uint16_t>& scal
 void bind_weights(py::module_& module) {
   module.def("codes_shape", &codes_shape, py::arg("n"), py::arg("k"), py::arg("method"));
   module.def("quantize_projection", &quantize, py::arg("weight"), py::arg("dtype"),
-             py::arg("scale_inv"), py::arg("method"));
+             py::arg("scale_inv"), py::arg("method"), py::arg("target") = "");
   module.def("dequantize_projection", &dequantize, py::arg("codes"), py::arg("scales"),
              py::arg("table_index"), py::arg("tables"), py::arg("n"), py::arg("k"),
              py::arg("method"));

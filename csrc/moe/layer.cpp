@@ -167,7 +167,8 @@ void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
     std::vector<uint8_t> codes(static_cast<size_t>(whole.codes_bytes()));
     std::vector<uint8_t> index(static_cast<size_t>(whole.index_bytes()));
     std::vector<uint16_t> scales(static_cast<size_t>(whole.n));
-    quantize_projection(matrix, config_.method, {codes.data(), index.data(), scales.data()});
+    quantize_projection(matrix, config_.method, engine_->kernels.quantize,
+                        {codes.data(), index.data(), scales.data()});
     const std::array<const uint8_t*, 3> parts = {codes.data(), index.data(),
                                                  reinterpret_cast<const uint8_t*>(scales.data())};
     for (const Slice& slice : slices_)

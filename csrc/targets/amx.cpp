@@ -3,6 +3,7 @@
 #include "isa/amx.h"
 #include "targets/kernels.h"
 
+#include "weights/quantize-inl.h"
 #include "gemm/quantize-inl.h"
 #include "gemm/panels-inl.h"
 #include "gemm/tiles-inl.h"
@@ -24,6 +25,7 @@ const Kernels kernels = {
     {gate_up_tiles<16>, gate_up_tiles<8>, gate_up_tiles<0>},
     {down_tiles<16>, down_tiles<8>, down_tiles<0>},
     store_bf16,
+    kQuantizeKernels,
 };
 
 }  // namespace kt::amx

@@ -3,6 +3,7 @@
 
 #include "targets/kernels.h"
 
+#include "weights/quantize-inl.h"
 #include "gemm/quantize-inl.h"
 #include "gemm/panels-inl.h"
 #include "expert/activation-inl.h"
@@ -24,6 +25,7 @@ const Kernels kernels = {
     {gate_up<16>, gate_up<8>, gate_up<0>},
     {down<16>, down<8>, down<0>},
     store_bf16,
+    kQuantizeKernels,
 };
 
 }  // namespace kt::KT_TARGET_NAMESPACE

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "weights/quantize_kernels.h"
+
 namespace kt {
 
 // Scale and sum of one quantised activation row: x ~ scale * q. `sum` is the sum of q, which
@@ -91,6 +93,7 @@ struct Kernels {
   void (*gate_up[3])(const GateUpTask&);  // by Method (layout.h)
   void (*down[3])(const DownTask&);
   void (*store_bf16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
+  QuantizeKernels quantize;
 };
 
 }  // namespace kt

@@ -4,6 +4,7 @@
 #include "isa/scalar.h"
 #include "targets/kernels.h"
 
+#include "weights/quantize-inl.h"
 #include "gemm/quantize-inl.h"
 
 namespace kt::reference {
@@ -82,6 +83,7 @@ const Kernels kernels = {
     {gate_up<16>, gate_up<8>, gate_up<0>},
     {down<16>, down<8>, down<0>},
     store_bf16,
+    kQuantizeKernels,
 };
 
 }  // namespace kt::reference

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "weights/layout.h"
+#include "weights/quantize_kernels.h"
 
 namespace kt {
 
@@ -30,9 +31,10 @@ struct PackedProjection {
 // The 256 tables of 16 levels that new weights of an int4 method are encoded with.
 const int8_t (&int4_tables(Method method))[kNumTables][kTableLevels];
 
-// Deterministic: the same bytes on every ISA. Throws std::invalid_argument for an infinity or NaN
-// in the source, naming the row and column.
-void quantize_projection(const SourceMatrix& source, Method method, const PackedProjection& out);
+// The same bytes whatever target the kernels are of. Throws std::invalid_argument for an infinity
+// or NaN in the source, naming the row and column.
+void quantize_projection(const SourceMatrix& source, Method method, const QuantizeKernels& kernels,
+                         const PackedProjection& out);
 
 // The weights that the packed form stands for, row-major [n, k]. `tables` is [256][16].
 void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,

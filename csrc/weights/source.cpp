@@ -10,21 +10,17 @@ namespace {
 
 constexpr int64_t kFp8Block = 128;  // quantization_config.weight_block_size of V3 checkpoints
 
-void read_fp8_row(const SourceMatrix& source, int64_t row, float* out) {
-  const auto& decode = fp8_e4m3_table();
-  const uint8_t* bytes = static_cast<const uint8_t*>(source.data) + row * source.k;
-  const int64_t blocks = (source.k + kFp8Block - 1) / kFp8Block;
-  const float* scales = source.block_scales + row / kFp8Block * blocks;
-  for (int64_t i = 0; i < source.k; ++i) out[i] = decode[bytes[i]] * scales[i / kFp8Block];
-}
-
 }  // namespace
 
-void read_source_row(const SourceMatrix& source, int64_t row, float* out) {
+float read_source_row(const SourceMatrix& source, const QuantizeKernels& kernels, int64_t row,
+                      float* out) {
   const int64_t begin = row * source.k;
   switch (source.dtype) {
     case SourceDtype::kFp8E4m3:
-      read_fp8_row(source, row, out);
+      kernels.decode_fp8(
+          static_cast<const uint8_t*>(source.data) + begin,
+          source.block_scales + row / kFp8Block * ((source.k + kFp8Block - 1) / kFp8Block),
+          source.k, out);
       break;
     case SourceDtype::kBf16:
       for (int64_t i = 0; i < source.k; ++i)
@@ -39,14 +35,14 @@ void read_source_row(const SourceMatrix& source, int64_t row, float* out) {
         out[i] = static_cast<const float*>(source.data)[begin + i];
       break;
   }
-  float poison = 0.0f;
-  for (int64_t i = 0; i < source.k; ++i) poison += out[i] * 0.0f;
-  if (poison == 0.0f) return;
+  const float largest = bits_to_float(kernels.largest_bits(out, source.k));
+  if (std::isfinite(largest)) return largest;
   for (int64_t i = 0; i < source.k; ++i) {
     if (!std::isfinite(out[i]))
       fail_argument("weight at row ", row, ", column ", i, " is ", out[i],
                     ": expected a finite value");
   }
+  return largest;  // not reached: one weight is not finite
 }
 
 }  // namespace kt

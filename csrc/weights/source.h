@@ -5,7 +5,9 @@
 
 namespace kt {
 
-// Dequantises row `row` into out[k]. Throws std::invalid_argument for an infinity or NaN.
-void read_source_row(const SourceMatrix& source, int64_t row, float* out);
+// Dequantises row `row` into out[k] and gives its largest magnitude. Throws std::invalid_argument
+// for an infinity or NaN.
+float read_source_row(const SourceMatrix& source, const QuantizeKernels& kernels, int64_t row,
+                      float* out);
 
 }  // namespace kt

@@ -53,7 +53,7 @@ def test_sound_file_passes(source: Path, converted: Path, pool: ThreadPoolExecut
     with Checkpoint(source) as checkpoint:
         path = converted / "layer-002.safetensors"
         _, error = verify_layer_file(path, 2, LAYOUT, checkpoint, "fp8", pool, StopRequest())
-    assert 0.03 < error < 0.085
+    assert 0.03 < error < 0.092
 
 
 @pytest.mark.parametrize("tensor", ["gate.codes", "up.table_index", "down.scales"])

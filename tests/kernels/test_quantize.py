@@ -64,21 +64,64 @@ def test_weight_error(method: str, kind: str, bound: float) -> None:
     assert bound / 1.5 < error < bound
 
 
-@pytest.mark.parametrize("method", BLOCK_K)
-def test_int4_chooses_the_best_table_almost_always(method: str) -> None:
-    """The search bins its weights: an exhaustive one in float finds at most 0.1% less error."""
+def least_errors(blocks: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Squared error of normalised blocks [B, weights] under each table [B, 256]: no shortcuts."""
+    step = 1 / 16
+    values = np.arange(-127, 127 + step / 2, step)
+    distance = np.abs(values[:, None, None] - tables[None]).min(axis=2) ** 2
+    return np.stack([distance[np.rint((b + 127) / step).astype(int)].sum(axis=0) for b in blocks])
+
+
+# Measured here: 0.7% and 0.6%, 1.4% and 0.8% more error than the best choice has.
+@pytest.mark.parametrize(("method", "bound"), [("int4", 1.01), ("int4-4x8", 1.016)])
+@pytest.mark.parametrize("kind", ["gaussian", "student-t5"])
+def test_the_search_of_tables_is_nearly_as_good_as_an_exhaustive_one(method, bound, kind) -> None:
     rng = np.random.default_rng(3)
-    w = rng.standard_t(5, (64, 256)).astype(np.float32)
+    shape = (64, 2048)
+    w = rng.standard_normal(shape) if kind == "gaussian" else rng.standard_t(5, shape)
+    w = w.astype(np.float32)
     packed = _ext.quantize_projection(w, "fp32", None, method)
     block_k = BLOCK_K[method]
     x = w * (127 / np.abs(w).max(axis=1, keepdims=True))
     blocks = x.reshape(16, 4, -1, block_k).swapaxes(1, 2).reshape(-1, 4 * block_k)
-    tables = _ext.int4_tables(method).astype(np.float32)
-    distance = np.abs(blocks[:, None, :, None] - tables[None, :, None, :]).min(axis=3)
-    errors = (distance**2).sum(axis=2)
-    index = packed["table_index"].swapaxes(1, 2).reshape(-1)  # [panel, lane, block]
+    errors = least_errors(blocks, _ext.int4_tables(method).astype(float))
+    index = packed["table_index"].reshape(4, -1, 4).swapaxes(1, 2).reshape(-1)  # [group, block]
     chosen = errors[np.arange(len(blocks)), index]
-    assert chosen.sum() < errors.min(axis=1).sum() * 1.001
+    assert np.sqrt(chosen.sum() / errors.min(axis=1).sum()) < bound
+
+
+def fp8_source(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """FP8 bits [192, 320] and their blocks' scales."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_t(3, (192, 320)).astype(np.float32) * 20
+    if kind == "zero":
+        w[:] = 0
+    elif kind == "constant":
+        w[:] = -3.5
+    elif kind == "outlier":
+        w *= 0.001
+        w[rng.integers(192, size=9), rng.integers(320, size=9)] = 448
+    elif kind == "subnormal":
+        w *= 2**-12
+    elif kind == "some rows zero":
+        w[rng.integers(192, size=50)] = 0
+    bits = torch.from_numpy(w).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    scales = np.exp2(rng.uniform(-9, -3, (2, 3))).astype(np.float32)
+    return bits, scales * np.float32(1e-37 if kind == "subnormal" else 1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["usual", "zero", "constant", "outlier", "subnormal", "some rows zero"]
+)
+def test_every_target_gives_the_bytes_of_the_scalar_one(
+    target: str, method: str, kind: str
+) -> None:
+    for seed in range(3):
+        bits, scales = fp8_source(kind, seed)
+        found = _ext.quantize_projection(bits, "fp8_e4m3", scales, method, target)
+        want = _ext.quantize_projection(bits, "fp8_e4m3", scales, method, "scalar")
+        for name in want:
+            assert np.array_equal(found[name], want[name]), name
 
 
 @pytest.mark.parametrize("method", METHODS)
