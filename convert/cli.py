@@ -13,6 +13,7 @@ from typing import NoReturn
 from convert.audit import verify_output
 from convert.pipeline import Options, convert_checkpoint
 from convert.preflight import INPUT_DTYPES
+from convert.progress import Progress
 from convert.workers import Stopped, StopRequest, default_thread_count, node_cpus
 from kt_kernel.errors import UserError
 from kt_kernel.packed import METHODS
@@ -105,6 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--input-path, that the source is still what it was made from",
     )  # fmt: skip
     parser.add_argument(
+        "--report", type=Path, metavar="FILE.json",
+        help="write size, time and signal-to-noise ratios there, and a plot beside it",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-merge-safetensor", action="store_true",
         help="accepted for compatibility and always so: the output is one file per layer",
     )  # fmt: skip
@@ -128,6 +133,7 @@ def parse_options(argv: Sequence[str] | None) -> tuple[Options, bool]:
         threads=args.cpuinfer_threads or default_thread_count(),
         nodes=args.threadpool_count or len(node_cpus()),
         layers=args.layers,
+        report=args.report,
     )
     return options, args.verify
 
@@ -153,10 +159,6 @@ def _stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(num, handler)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def main(
     argv: Sequence[str] | None = None,
     on_layers: Callable[[int, int], None] = lambda finished, total: None,
@@ -171,11 +173,11 @@ def main(
     """
     try:
         options, verify_only = parse_options(argv)
-        with _stop_on_signals() as stop:
+        with _stop_on_signals() as stop, Progress() as progress:
             if verify_only:
-                verify_output(options, stop, _say)
+                verify_output(options, stop, progress.say)
             else:
-                convert_checkpoint(options, stop, _say, on_layers)
+                convert_checkpoint(options, stop, progress, on_layers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         on_failure(str(error))

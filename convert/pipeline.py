@@ -12,17 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert import preflight, quantize, verify
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, ExpertProjection
 from convert.manifest import Identity, LayerRecord, Manifest, changed_files
 from convert.model_config import read_json
 from convert.output import OutputDirectory
 from convert.preflight import gigabytes
+from convert.progress import Progress
+from convert.report import Cost, check_report_path, make_report, summary, write_report
 from convert.source_digest import SourceDigest, read_source_digest
 from convert.workers import Stopped, StopRequest, run_all, worker_pool
 from convert.writer import SOURCE_KEY, TEMPORARY_SUFFIX, LayerWriter, file_bytes
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
-from kt_kernel.packed import MANIFEST_NAME, layer_file_name, read_header
+from kt_kernel.packed import MANIFEST_NAME, PROJECTIONS, layer_file_name, read_header
 
 #: Seconds between two looks at a layer that another process has.
 _POLL_SECONDS = 0.2
@@ -39,6 +41,7 @@ class Options:
     threads: int
     nodes: int
     layers: tuple[int, int] | None = None
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def identify(checkpoint: Checkpoint, input_type: str, method: str, output: Path)
 def convert_checkpoint(
     options: Options,
     stop: StopRequest,
-    say: Callable[[str], None],
+    progress: Progress,
     on_layers: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
     """Convert a checkpoint, or what earlier runs left of it to do.
@@ -95,7 +98,7 @@ def convert_checkpoint(
     Args:
         options: what to convert and how.
         stop: asked between two pieces of work.
-        say: receives every line of progress.
+        progress: shows it.
         on_layers: is told the finished layers and their total, at the start and after each layer.
 
     Raises:
@@ -103,7 +106,10 @@ def convert_checkpoint(
         Stopped: a stop was requested; the message says how much is finished.
     """
     started = time.monotonic()
+    say = progress.say
     preflight.check_output_path(options.input_path, options.output)
+    if options.report is not None:
+        check_report_path(options.report)
     with Checkpoint(options.input_path) as checkpoint:
         if options.input_type == "auto":
             options = replace(options, input_type=preflight.detect_input_type(checkpoint))
@@ -119,8 +125,10 @@ def convert_checkpoint(
         try:
             with OutputDirectory(options.output, shared) as output:
                 manifest = Manifest(output.path, identity, output.manifest_lock)
-                conversion = _Conversion(checkpoint, output, manifest, options, pool, stop, say)
-                conversion.run(wanted, on_layers)
+                conversion = _Conversion(
+                    checkpoint, output, manifest, options, pool, stop, progress
+                )
+                cost = conversion.run(wanted, on_layers)
         finally:
             pool.shutdown()
         sizes = {idx: file_bytes(layout, identity.layer_metadata(idx)) for idx in manifest.layers}
@@ -130,6 +138,10 @@ def convert_checkpoint(
             f"files, {gigabytes(sum(sizes.values()))}, {layout.bits_per_weight():.3f} bits/weight, "
             f"{time.monotonic() - started:.1f} s"
         )
+        report = make_report(manifest, cost)
+        say(summary(report))
+        if options.report is not None:
+            say(write_report(options.report, report))
         if missing:
             say(f"not converted yet: {len(missing)} layers, {shown_layers(missing)}")
 
@@ -171,9 +183,12 @@ class _Conversion:
     options: Options
     pool: ThreadPoolExecutor
     stop: StopRequest
-    say: Callable[[str], None]
+    progress: Progress
 
-    def run(self, wanted: Collection[int], on_layers: Callable[[int, int], None]) -> None:
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+    def run(self, wanted: Collection[int], on_layers: Callable[[int, int], None]) -> Cost:
         """Bring every wanted layer to its end, here or in another process that has it."""
         identity, output, manifest = self.manifest.identity, self.output, self.manifest
         total = len(identity.moe_layers)
@@ -191,11 +206,14 @@ class _Conversion:
             f"{self.options.threads} threads"
         )
         on_layers(finished_before, total)
+        matrices = len(PROJECTIONS) * identity.layout.num_experts
+        self.progress.start(len(todo) * matrices)
         seconds, converted, done = 0.0, 0, 0
         try:
             for layer_idx in self._in_turn(todo):
                 done += 1
                 if layer_idx in manifest.layers:  # by another process
+                    self.progress.step(matrices)
                     on_layers(len(manifest.layers), total)
                     continue
                 result = self._convert_layer(layer_idx)
@@ -205,6 +223,7 @@ class _Conversion:
                 on_layers(len(manifest.layers), total)
         except Stopped as stopped:
             raise Stopped(stopped.signum, f"{len(manifest.layers)} of {total} layers") from None
+        return Cost(converted, converted * identity.layout.num_weights, seconds)
 
     def _survey(self, wanted: Collection[int]) -> list[int]:
         """The layers that are to be converted or that another process has."""
@@ -317,18 +336,12 @@ class _Conversion:
         with LayerWriter(final, layout, identity.layer_metadata(layer_idx)) as writer:
             if layout.has_tables:
                 writer.write_tensor("tables", _ext.int4_tables(method))
-            tasks = [
-                functools.partial(
-                    quantize.convert_projection,
-                    checkpoint,
-                    item,
-                    input_type,
-                    method,
-                    writer,
-                    digest,
-                )
-                for item in items
-            ]
+
+            def convert(item: ExpertProjection) -> None:
+                quantize.convert_projection(checkpoint, item, input_type, method, writer, digest)
+                self.progress.step()
+
+            tasks = [functools.partial(convert, item) for item in items]
             run_all(self.pool, tasks, self.stop)
             writer.seal(self.pool, self.stop, digest.by_shard())
             record = self._prove(writer.temporary, layer_idx)
