@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,12 +132,12 @@ def convert_checkpoint(
                 cost = conversion.run(wanted, on_layers)
         finally:
             pool.shutdown()
-        sizes = {idx: file_bytes(layout, identity.layer_metadata(idx)) for idx in manifest.layers}
+        size = sum(record.bytes for record in manifest.layers.values())
         missing = [idx for idx in identity.moe_layers if idx not in manifest.layers]
         say(
-            f"{'done' if not missing else 'this part is done'}: {options.output}, {len(sizes)} "
-            f"files, {gigabytes(sum(sizes.values()))}, {layout.bits_per_weight():.3f} bits/weight, "
-            f"{time.monotonic() - started:.1f} s"
+            f"{'done' if not missing else 'this part is done'}: {options.output}, "
+            f"{len(manifest.layers)} files, {gigabytes(size)}, "
+            f"{layout.bits_per_weight():.3f} bits/weight, {time.monotonic() - started:.1f} s"
         )
         report = make_report(manifest, cost)
         say(summary(report))
@@ -210,17 +211,19 @@ class _Conversion:
         self.progress.start(len(todo) * matrices)
         seconds, converted, done = 0.0, 0, 0
         try:
-            for layer_idx in self._in_turn(todo):
-                done += 1
-                if layer_idx in manifest.layers:  # by another process
-                    self.progress.step(matrices)
+            # Closed here, not by the garbage collector: its locks need the directory's file.
+            with contextlib.closing(self._in_turn(todo)) as layers:
+                for layer_idx in layers:
+                    done += 1
+                    if layer_idx in manifest.layers:  # by another process
+                        self.progress.step(matrices)
+                    else:
+                        result = self._convert_layer(layer_idx)
+                        seconds, converted = seconds + result.seconds, converted + 1
+                        remaining = seconds / converted * (len(todo) - done)
+                        line = progress_line(result, identity, len(manifest.layers), remaining)
+                        self.say(line)
                     on_layers(len(manifest.layers), total)
-                    continue
-                result = self._convert_layer(layer_idx)
-                seconds, converted = seconds + result.seconds, converted + 1
-                remaining = seconds / converted * (len(todo) - done)
-                self.say(progress_line(result, identity, len(manifest.layers), remaining))
-                on_layers(len(manifest.layers), total)
         except Stopped as stopped:
             raise Stopped(stopped.signum, f"{len(manifest.layers)} of {total} layers") from None
         return Cost(converted, converted * identity.layout.num_weights, seconds)
@@ -234,7 +237,7 @@ class _Conversion:
                     todo.append(layer_idx)
         return todo
 
-    def _in_turn(self, todo: list[int]) -> Iterator[int]:
+    def _in_turn(self, todo: list[int]) -> Generator[int]:
         """Each layer with its lock held; those that others have come last.
 
         A layer that is in the manifest then was finished by another process.
@@ -270,13 +273,14 @@ class _Conversion:
         path = self.output.path / layer_file_name(layer_idx)
         problem = self.output.find_problem(manifest, layer_idx, self.stop)
         record = manifest.layers.get(layer_idx)
-        if problem == "" and record is None:
+        if problem == "":
             try:
-                manifest.update({layer_idx: self._prove(path, layer_idx)})
+                known = record or self._prove(path, layer_idx)
+                problem = self._changed_source(path, layer_idx, known)
+                if not problem and record is None:
+                    manifest.update({layer_idx: known})
             except UserError as error:
                 problem = str(error)
-        elif problem == "" and record is not None:
-            problem = self._changed_source(path, layer_idx, record)
         if problem:
             self.say(f"{problem}; converting layer {layer_idx} again")
             manifest.update(drop=[layer_idx])
@@ -302,7 +306,8 @@ class _Conversion:
                     f"from it"
                 )
         if newer:
-            os.utime(path)  # the same bytes: the next run need not read them again
+            with contextlib.suppress(OSError):  # the same bytes: the next run need not read them
+                os.utime(path)
         return ""
 
     def _prove(self, path: Path, layer_idx: int) -> LayerRecord:

@@ -184,3 +184,17 @@ def test_a_shard_that_was_written_again_alike_is_read_once(
     newest = max(file.stat().st_mtime_ns for file in model.iterdir())
     layers = list(output.glob("layer-*"))
     assert all(file.stat().st_mtime_ns >= newest for file in layers)
+
+
+def test_without_manifest_too_a_changed_shard_is_found(
+    source: Path, converted: Path, tmp_path: Path, convert: Convert
+) -> None:
+    """The layer file itself says what it was made from; its sample of experts is not enough."""
+    model = Path(shutil.copytree(source, tmp_path / "model"))
+    output = Path(shutil.copytree(converted, tmp_path / "out"))
+    (output / MANIFEST).unlink()
+    flip(model / SHARD)
+    lines = convert(model, output)
+    again = [line for line in lines if "converting layer" in line]
+    assert len(again) == 1
+    assert SHARD in again[0]
