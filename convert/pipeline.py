@@ -132,6 +132,10 @@ def convert_checkpoint(
                 cost = conversion.run(wanted, on_layers)
         finally:
             pool.shutdown()
+        report = make_report(manifest, cost)
+        say(summary(report))
+        if options.report is not None:
+            say(write_report(options.report, report))
         size = sum(record.bytes for record in manifest.layers.values())
         missing = [idx for idx in identity.moe_layers if idx not in manifest.layers]
         say(
@@ -139,10 +143,6 @@ def convert_checkpoint(
             f"{len(manifest.layers)} files, {gigabytes(size)}, "
             f"{layout.bits_per_weight():.3f} bits/weight, {time.monotonic() - started:.1f} s"
         )
-        report = make_report(manifest, cost)
-        say(summary(report))
-        if options.report is not None:
-            say(write_report(options.report, report))
         if missing:
             say(f"not converted yet: {len(missing)} layers, {shown_layers(missing)}")
 

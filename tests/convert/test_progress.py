@@ -88,8 +88,8 @@ def test_report_of_a_conversion(
     convert(source, output, "--layers", "1-2")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     lines = convert(source, output, "--report", str(path))
-    assert "no plot: matplotlib is missing" in lines[-1]
-    assert lines[-2].startswith(
+    assert "no plot: matplotlib is missing" in lines[-2]
+    assert lines[-3].startswith(
         "signal to noise, up to 3 of 3 experts of each layer measured: gate 2"
     )
     report = json.loads(path.read_bytes())
