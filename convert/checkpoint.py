@@ -27,7 +27,14 @@ SINGLE_NAME = "model.safetensors"
 DOWNLOAD_MARKER = ".kt-download.json"
 
 #: safetensors dtype -> numpy type of its raw bits (numpy knows neither FP8 nor bf16).
-RAW_BITS = {"F8_E4M3": np.uint8, "BF16": np.uint16, "F16": np.uint16, "F32": np.float32}
+RAW_BITS = {
+    "F8_E4M3": np.uint8,
+    "BF16": np.uint16,
+    "F16": np.uint16,
+    "F32": np.float32,
+    "I32": np.int32,
+    "I64": np.int64,
+}
 
 _EXPERT_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(.+)$")
 
@@ -63,6 +70,15 @@ class ExpertProjection:
     @property
     def scale(self) -> str:
         return scale_name(self.layer_idx, self.expert, self.projection)
+
+    def tensors(self, input_type: str) -> tuple[str, ...]:
+        """Names of the tensors that hold the matrix in a checkpoint of this ``--input-type``.
+
+        The weights come first, their scales second.
+        """
+        if input_type == "int4":
+            return tuple(f"{self.weight}_{part}" for part in ("packed", "scale", "shape"))
+        return (self.weight, self.scale) if input_type == "fp8" else (self.weight,)
 
 
 class Checkpoint:
@@ -183,7 +199,7 @@ class Checkpoint:
         return self._weight_map[name], self.entry(name).begin
 
     def read(self, name: str) -> np.ndarray:
-        """Raw bits of a tensor: uint8 for FP8, uint16 for bf16 and fp16, float32 for F32.
+        """Raw bits of a tensor, of the type in ``RAW_BITS``.
 
         Raises:
             UserError: the tensor is not there, or the disk or the file gave less than it should.
@@ -236,6 +252,26 @@ class Checkpoint:
                 add(f"{shard}\0{header.file_size}", file.read(header.data_start))
         return digest.hexdigest()
 
+    def file_digests(self) -> dict[str, str]:
+        """File -> SHA-256 of what :meth:`fingerprint` covers of it, to name those that differ."""
+        digests = {CONFIG_NAME: hashlib.sha256(self.config_path.read_bytes()).hexdigest()}
+        if self.index_path.exists():
+            digests[INDEX_NAME] = hashlib.sha256(self.index_path.read_bytes()).hexdigest()
+        for shard in self.shards:
+            header = self._headers[shard]
+            with (self.path / shard).open("rb") as file:
+                content = file.read(header.data_start) + str(header.file_size).encode()
+            digests[shard] = hashlib.sha256(content).hexdigest()
+        return digests
+
+    def layer_tensors(self, layer_idx: int, input_type: str) -> dict[str, list[str]]:
+        """Shard -> the tensors of a layer's routed experts that it holds, in file order."""
+        shards: dict[str, list[str]] = {}
+        for item in self.expert_projections(layer_idx, input_type):
+            for name in item.tensors(input_type):
+                shards.setdefault(self.position(name)[0], []).append(name)
+        return {shard: sorted(shards[shard], key=self.position) for shard in sorted(shards)}
+
     def origin(self) -> dict[str, str]:
         """Repository and revision that the download stage recorded; empty if it did not.
 
@@ -252,14 +288,14 @@ class Checkpoint:
             )
         return {key: str(recorded[key]) for key in ("repo_id", "revision") if recorded.get(key)}
 
-    def expert_projections(self, layer_idx: int) -> list[ExpertProjection]:
+    def expert_projections(self, layer_idx: int, input_type: str) -> list[ExpertProjection]:
         """Every routed expert's projections of a layer, in the order they lie in the shards."""
         wanted = [
             ExpertProjection(layer_idx, expert, projection)
             for expert in range(self.dims.num_experts)
             for projection in PROJECTIONS
         ]
-        return sorted(wanted, key=lambda item: self.position(item.weight))
+        return sorted(wanted, key=lambda item: self.position(item.tensors(input_type)[0]))
 
     def close(self) -> None:
         """Close the shards."""

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from convert.audit import verify_output
 from convert.pipeline import Options, convert_checkpoint
 from convert.preflight import INPUT_DTYPES
+from convert.progress import Progress
 from convert.workers import Stopped, StopRequest, default_thread_count, node_cpus
 from kt_kernel.errors import UserError
 from kt_kernel.packed import METHODS
@@ -43,6 +45,16 @@ def _count(text: str) -> int:
     return value
 
 
+def _layers(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    if not first.isdecimal() or (dash and not last.isdecimal()):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected A-B or A, as in 3-20")
+    bounds = int(first), int(last or first)
+    if bounds[0] > bounds[1]:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected the smaller number first")
+    return bounds
+
+
 _count.__name__ = "number"  # argparse names the type in its messages
 
 
@@ -56,12 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--input-path", type=Path, required=True, metavar="DIR",
-        help="directory of the downloaded checkpoint",
+        "--input-path", type=Path, metavar="DIR",
+        help="directory of the downloaded checkpoint; may be left out with --verify",
     )  # fmt: skip
     parser.add_argument(
-        "--input-type", choices=list(INPUT_DTYPES), default="fp8",
-        help="dtype of the expert weights in it (default: %(default)s)",
+        "--input-type", choices=[*INPUT_DTYPES, "auto"], default="fp8",
+        help="dtype of the expert weights in it; int4 is compressed-tensors' pack-quantized with "
+        "groups of 32, 64 or 128, and auto what the files hold (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR",
@@ -83,27 +96,46 @@ def build_parser() -> argparse.ArgumentParser:
         "it, and serving may use another number",
     )  # fmt: skip
     parser.add_argument(
+        "--layers", type=_layers, metavar="A-B",
+        help="convert these layers only (both ends count); other processes, on this host or on "
+        "others that share the directory, may convert more at the same time",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="convert nothing: prove a finished --output, by the digest of every file and, with "
+        "--input-path, that the source is still what it was made from",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.json",
+        help="write size, time and signal-to-noise ratios there, and a plot beside it",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-merge-safetensor", action="store_true",
         help="accepted for compatibility and always so: the output is one file per layer",
     )  # fmt: skip
     return parser
 
 
-def parse_options(argv: Sequence[str] | None) -> Options:
-    """Flags -> options.
+def parse_options(argv: Sequence[str] | None) -> tuple[Options, bool]:
+    """Flags -> options, and whether to verify instead of converting.
 
     Raises:
         UserError: a flag is unknown, missing or has a wrong value.
     """
     args = build_parser().parse_args(argv)
-    return Options(
+    if args.input_path is None and not args.verify:
+        raise UserError("--input-path is missing; python -m convert --help lists the flags")
+    options = Options(
         input_path=args.input_path,
         input_type=args.input_type,
         output=args.output,
         method=args.quant_method,
         threads=args.cpuinfer_threads or default_thread_count(),
         nodes=args.threadpool_count or len(node_cpus()),
+        layers=args.layers,
+        report=args.report,
     )
+    return options, args.verify
 
 
 @contextmanager
@@ -140,9 +172,12 @@ def main(
         on_failure: is told the reason when the exit code will not be 0.
     """
     try:
-        options = parse_options(argv)
-        with _stop_on_signals() as stop:
-            convert_checkpoint(options, stop, lambda line: print(line, flush=True), on_layers)
+        options, verify_only = parse_options(argv)
+        with _stop_on_signals() as stop, Progress() as progress:
+            if verify_only:
+                verify_output(options, stop, progress.say)
+            else:
+                convert_checkpoint(options, stop, progress, on_layers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         on_failure(str(error))

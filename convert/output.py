@@ -1,16 +1,17 @@
-"""The output directory: one converter at a time, and what earlier runs left in it."""
+"""The output directory: who may write to it, and what earlier runs left in it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from convert import locks
 from convert.durable import named_write_errors, sync_directory
 from convert.manifest import Identity, LayerRecord, Manifest
 from convert.workers import StopRequest
@@ -34,15 +35,19 @@ _TEMPORARY = re.compile(
 class OutputDirectory:
     """Context manager that creates and locks an output directory.
 
-    The lock is the kernel's (``flock``), so it is gone with the process that held it, however that
-    one ended. Leaving removes the lock file, and the directory if it was made here and is empty.
+    Leaving removes the lock file, and the directory if it was made here and is empty.
+
+    Args:
+        path: the directory.
+        shared: lets others in that share as well; what they convert is locked layer by layer.
 
     Raises:
         UserError: another conversion is writing to the directory, or it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
+        self.shared = shared
         self._lock_path = path / LOCK_NAME
         self._made: list[Path] = []
         self._fd = -1
@@ -69,21 +74,20 @@ class OutputDirectory:
         while True:
             fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
-                os.close(fd)
-                raise UserError(
-                    f"another conversion ({holder or 'just started'}) is writing to {self.path}: "
-                    f"wait for it, or choose another --output"
-                ) from None
+                if not locks.try_lock(fd, locks.DIRECTORY, self.shared):
+                    holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
+                    share = "" if self.shared else ", convert other --layers,"
+                    raise UserError(
+                        f"another conversion ({holder or 'just started'}) is writing to "
+                        f"{self.path}: wait for it{share} or choose another --output"
+                    )
+                # The holder before us may have removed the file between our open and our lock.
+                with contextlib.suppress(FileNotFoundError):
+                    if os.fstat(fd).st_ino == self._lock_path.stat().st_ino:
+                        break
             except BaseException:
                 os.close(fd)
                 raise
-            # The holder before us may have removed the file between our open and our lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(fd).st_ino == self._lock_path.stat().st_ino:
-                    break
             os.close(fd)
         self._fd = fd
         os.ftruncate(fd, 0)
@@ -91,9 +95,32 @@ class OutputDirectory:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):
-            self._lock_path.unlink()
+            if locks.try_lock(self._fd, locks.DIRECTORY):  # the last one
+                self._lock_path.unlink()
         os.close(self._fd)
         self._remove_made()
+
+    @contextmanager
+    def manifest_lock(self) -> Iterator[None]:
+        """Held while the manifest is read and replaced."""
+        with named_write_errors(self._lock_path):
+            locks.lock(self._fd, locks.MANIFEST)
+        try:
+            yield
+        finally:
+            locks.unlock(self._fd, locks.MANIFEST)
+
+    @contextmanager
+    def layer_lock(self, layer_idx: int) -> Iterator[bool]:
+        """Lock a layer if no other process has it; gives whether it did."""
+        byte = locks.layer_byte(layer_idx)
+        with named_write_errors(self._lock_path):
+            got = locks.try_lock(self._fd, byte)
+        try:
+            yield got
+        finally:
+            if got:
+                locks.unlock(self._fd, byte)
 
     def _remove_made(self) -> None:
         for path in self._made:
@@ -101,54 +128,48 @@ class OutputDirectory:
                 path.rmdir()
 
     def remove_temporaries(self) -> None:
-        """Remove what an interrupted run left half written."""
+        """Remove what an interrupted run left half written; only for who has the directory."""
         with named_write_errors(self.path):
             for path in sorted(self.path.iterdir()):
                 if _TEMPORARY.match(path.name):
                     path.unlink()
 
-    def survey(
-        self, identity: Identity, stop: StopRequest, note: Callable[[str], None]
-    ) -> Manifest:
-        """Find the finished layers; those that are missing or damaged are dropped with a note.
-
-        A layer file that the manifest does not list (the run ended between the rename and the
-        manifest, or the manifest was deleted) counts if its checksums are right.
+    def check_files(self, identity: Identity) -> None:
+        """Check that every layer file is of this conversion; those that are damaged pass.
 
         Raises:
-            UserError: a file belongs to another model, method or version; nothing is changed then.
+            UserError: a file belongs to another model, method or version.
         """
-        manifest = Manifest.load(self.path, identity)
-        found: dict[int, Header] = {}
-        damaged: dict[int, str] = {}
         for path in sorted(self.path.iterdir()):
             match = _LAYER_FILE.match(path.name)
             if not match:
                 continue
-            layer_idx = int(match[1])
             try:
                 header = read_header(path)
-            except UserError as error:
-                damaged[layer_idx] = str(error)
+            except UserError:
                 continue
-            reason = _foreign(header, identity, layer_idx)
+            reason = _foreign(header, identity, int(match[1]))
             if reason:
                 raise UserError(f"{path} {reason}: choose another --output or delete that file")
-            found[layer_idx] = header
-        self.remove_temporaries()
-        for layer_idx in identity.moe_layers:
-            record = manifest.layers.get(layer_idx)
-            name = layer_file_name(layer_idx)
-            if layer_idx in found:
-                problem = _check_file(found[layer_idx], identity, layer_idx, record, stop)
-            else:
-                problem = damaged.get(layer_idx, f"{self.path / name} is gone" if record else "")
-            if problem:
-                note(f"{problem}; converting layer {layer_idx} again")
-                manifest.layers.pop(layer_idx, None)
-            elif layer_idx in found and record is None:
-                manifest.layers[layer_idx] = _record(found[layer_idx], stop)
-        return manifest
+
+    def find_problem(self, manifest: Manifest, layer_idx: int, stop: StopRequest) -> str | None:
+        """Look at one layer's file, which nobody else may be writing.
+
+        A file that the manifest does not list (the run ended between the rename and the manifest,
+        or the manifest was deleted) is sound if its checksums are right.
+
+        Returns:
+            What is wrong with it; empty if it is sound, None if there is none and none was listed.
+        """
+        record = manifest.layers.get(layer_idx)
+        path = self.path / layer_file_name(layer_idx)
+        if not path.exists():
+            return f"{path} is gone" if record else None
+        try:
+            header = read_header(path)
+        except UserError as error:
+            return str(error)
+        return _check_file(header, manifest.identity, layer_idx, record, stop)
 
 
 def _foreign(header: Header, identity: Identity, layer_idx: int) -> str:
@@ -191,11 +212,11 @@ def _check_file(
     except UserError as error:
         return str(error)
     if record is None:
-        return _check_sums(header, stop)
+        return check_sums(header, stop)
     return ""
 
 
-def _check_sums(header: Header, stop: StopRequest) -> str:
+def check_sums(header: Header, stop: StopRequest) -> str:
     """Compare every tensor with its checksum; the first that differs, or empty."""
     checksums = json.loads(header.metadata.get(CHECKSUMS_KEY, "{}"))
     with header.path.open("rb") as file:
@@ -203,9 +224,3 @@ def _check_sums(header: Header, stop: StopRequest) -> str:
             if hash_range(file.fileno(), entry.begin, entry.end, stop) != checksums.get(name):
                 return f"{header.path}: tensor {name} does not match its checksum"
     return ""
-
-
-def _record(header: Header, stop: StopRequest) -> LayerRecord:
-    with header.path.open("rb") as file:
-        sha256 = hash_range(file.fileno(), 0, header.file_size, stop)
-    return LayerRecord(header.path.name, header.file_size, sha256)

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert import preflight, quantize, verify
-from convert.checkpoint import Checkpoint
-from convert.manifest import Identity, LayerRecord, Manifest
+from convert.checkpoint import Checkpoint, ExpertProjection
+from convert.manifest import Identity, LayerRecord, Manifest, changed_files
+from convert.model_config import read_json
 from convert.output import OutputDirectory
 from convert.preflight import gigabytes
+from convert.progress import Progress
+from convert.report import Cost, check_report_path, make_report, summary, write_report
+from convert.source_digest import SourceDigest, read_source_digest
 from convert.workers import Stopped, StopRequest, run_all, worker_pool
-from convert.writer import LayerWriter, file_bytes
+from convert.writer import SOURCE_KEY, TEMPORARY_SUFFIX, LayerWriter, file_bytes
 from kt_kernel import _ext
-from kt_kernel.packed import layer_file_name
+from kt_kernel.errors import UserError
+from kt_kernel.packed import MANIFEST_NAME, PROJECTIONS, layer_file_name, read_header
+
+#: Seconds between two looks at a layer that another process has.
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -30,23 +41,57 @@ class Options:
     method: str
     threads: int
     nodes: int
+    layers: tuple[int, int] | None = None
+    report: Path | None = None
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What one finished layer cost: seconds, source and file bytes, mean error of the sample."""
+    """What one finished layer cost: seconds and source bytes; and its record."""
 
     layer_idx: int
     seconds: float
     read_bytes: int
     record: LayerRecord
-    error: float
+
+
+def identify(checkpoint: Checkpoint, input_type: str, method: str, output: Path) -> Identity:
+    """Check the source and say what a conversion of it is.
+
+    Raises:
+        UserError: the source is not as it should be; names the files that have changed since
+            ``output`` was made from it.
+    """
+    try:
+        layout = preflight.packed_layout(checkpoint, method)
+        preflight.check_source(checkpoint, input_type, layout)
+    except UserError as error:
+        try:
+            found = read_json(output / MANIFEST_NAME)
+            changed = changed_files(found, checkpoint.file_digests())
+        except (UserError, KeyError, AttributeError):
+            changed = ""
+        if not changed:
+            raise
+        raise UserError(f"{error} ({output} was made when {changed} was another)") from None
+    layers = checkpoint.dims.moe_layers()
+    return Identity(
+        fingerprint=checkpoint.fingerprint(),
+        layout=layout,
+        model_type=checkpoint.dims.model_type,
+        moe_layers=tuple(layers),
+        quantizer=quantize.quantizer_settings(method),
+        input_type=input_type,
+        files=checkpoint.file_digests(),
+        shards={idx: tuple(checkpoint.layer_tensors(idx, input_type)) for idx in layers},
+        origin=checkpoint.origin(),
+    )
 
 
 def convert_checkpoint(
     options: Options,
     stop: StopRequest,
-    say: Callable[[str], None],
+    progress: Progress,
     on_layers: Callable[[int, int], None] = lambda finished, total: None,
 ) -> None:
     """Convert a checkpoint, or what earlier runs left of it to do.
@@ -54,7 +99,7 @@ def convert_checkpoint(
     Args:
         options: what to convert and how.
         stop: asked between two pieces of work.
-        say: receives every line of progress.
+        progress: shows it.
         on_layers: is told the finished layers and their total, at the start and after each layer.
 
     Raises:
@@ -62,110 +107,253 @@ def convert_checkpoint(
         Stopped: a stop was requested; the message says how much is finished.
     """
     started = time.monotonic()
+    say = progress.say
     preflight.check_output_path(options.input_path, options.output)
+    if options.report is not None:
+        check_report_path(options.report)
     with Checkpoint(options.input_path) as checkpoint:
-        origin = checkpoint.origin()
-        layout = preflight.packed_layout(checkpoint, options.method)
-        preflight.check_source(checkpoint, options.input_type, layout)
-        identity = Identity(
-            fingerprint=checkpoint.fingerprint(),
-            layout=layout,
-            model_type=checkpoint.dims.model_type,
-            moe_layers=tuple(checkpoint.dims.moe_layers()),
-            quantizer=quantize.quantizer_settings(options.method),
-            input_type=options.input_type,
-            origin=origin,
-        )
+        if options.input_type == "auto":
+            options = replace(options, input_type=preflight.detect_input_type(checkpoint))
+        identity = identify(checkpoint, options.input_type, options.method, options.output)
+        layout = identity.layout
+        wanted = chosen_layers(options.layers, identity.moe_layers)
         say(
             f"source: {options.input_path}, {identity.model_type}, {len(identity.moe_layers)} MoE "
             f"layers of {layout.num_experts} experts, {options.input_type}"
         )
-        with OutputDirectory(options.output) as output:
-            _convert_layers(checkpoint, output, identity, options, stop, say, on_layers)
-        size = sum(file_bytes(layout, identity.layer_metadata(idx)) for idx in identity.moe_layers)
+        shared = options.layers is not None
+        pool = worker_pool(options.threads, options.nodes)
+        try:
+            with OutputDirectory(options.output, shared) as output:
+                manifest = Manifest(output.path, identity, output.manifest_lock)
+                conversion = _Conversion(
+                    checkpoint, output, manifest, options, pool, stop, progress
+                )
+                cost = conversion.run(wanted, on_layers)
+        finally:
+            pool.shutdown()
+        report = make_report(manifest, cost)
+        say(summary(report))
+        if options.report is not None:
+            say(write_report(options.report, report))
+        size = sum(record.bytes for record in manifest.layers.values())
+        missing = [idx for idx in identity.moe_layers if idx not in manifest.layers]
         say(
-            f"done: {options.output}, {len(identity.moe_layers)} files, {gigabytes(size)}, "
+            f"{'done' if not missing else 'this part is done'}: {options.output}, "
+            f"{len(manifest.layers)} files, {gigabytes(size)}, "
             f"{layout.bits_per_weight():.3f} bits/weight, {time.monotonic() - started:.1f} s"
         )
+        if missing:
+            say(f"not converted yet: {len(missing)} layers, {shown_layers(missing)}")
 
 
-def _convert_layers(
-    checkpoint: Checkpoint,
-    output: OutputDirectory,
-    identity: Identity,
-    options: Options,
-    stop: StopRequest,
-    say: Callable[[str], None],
-    on_layers: Callable[[int, int], None],
-) -> None:
-    manifest = output.survey(identity, stop, say)
-    todo = [idx for idx in identity.moe_layers if idx not in manifest.layers]
-    total = len(identity.moe_layers)
-    needed = sum(file_bytes(identity.layout, identity.layer_metadata(idx)) for idx in todo)
-    free = preflight.check_free_space(output.path, needed)
-    manifest.save()
-    say(
-        f"output: {output.path}, {options.method}, {total - len(todo)} of {total} layers finished "
-        f"before, {gigabytes(needed)} to write, {gigabytes(free)} free, {options.threads} threads"
-    )
-    on_layers(total - len(todo), total)
-    seconds = 0.0
-    pool = worker_pool(options.threads, options.nodes)
-    try:
-        for count, layer_idx in enumerate(todo, start=1):
-            result = _convert_layer(checkpoint, output, manifest, layer_idx, pool, stop)
-            seconds += result.seconds
-            remaining = seconds / count * (len(todo) - count)
-            finished = total - len(todo) + count
-            say(progress_line(result, identity, finished, remaining))
-            on_layers(finished, total)
-    except Stopped as stopped:
-        raise Stopped(stopped.signum, f"{len(manifest.layers)} of {total} layers") from None
-    finally:
-        pool.shutdown()
+def chosen_layers(bounds: tuple[int, int] | None, moe_layers: Collection[int]) -> tuple[int, ...]:
+    """The layers of ``--layers``; all without it.
+
+    Raises:
+        UserError: none of them has experts.
+    """
+    first, last = bounds or (min(moe_layers), max(moe_layers))
+    chosen = tuple(idx for idx in moe_layers if first <= idx <= last)
+    if not chosen:
+        raise UserError(
+            f"--layers {first}-{last} holds no layer with experts: this model has them in layers "
+            f"{shown_layers(moe_layers)}"
+        )
+    return chosen
 
 
-def _convert_layer(
-    checkpoint: Checkpoint,
-    output: OutputDirectory,
-    manifest: Manifest,
-    layer_idx: int,
-    pool: ThreadPoolExecutor,
-    stop: StopRequest,
-) -> LayerResult:
-    """Convert one layer; its file and its manifest entry exist afterwards, or neither does."""
-    started = time.monotonic()
-    identity = manifest.identity
-    layout, method = identity.layout, identity.layout.method
-    items = checkpoint.expert_projections(layer_idx)
-    final = output.path / layer_file_name(layer_idx)
-    with LayerWriter(final, layout, identity.layer_metadata(layer_idx)) as writer:
-        if layout.has_tables:
-            writer.write_tensor("tables", _ext.int4_tables(method))
-        run_all(
-            pool,
-            [
-                functools.partial(
-                    quantize.convert_projection,
-                    checkpoint,
-                    item,
-                    identity.input_type,
-                    method,
-                    writer,
+def shown_layers(layers: Collection[int]) -> str:
+    """Ascending indices as people write them: ``3-20, 22``."""
+    runs: list[list[int]] = []
+    for idx in layers:
+        if runs and idx == runs[-1][1] + 1:
+            runs[-1][1] = idx
+        else:
+            runs.append([idx, idx])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+@dataclass
+class _Conversion:
+    """A run of the command, between the checks and the last line."""
+
+    checkpoint: Checkpoint
+    output: OutputDirectory
+    manifest: Manifest
+    options: Options
+    pool: ThreadPoolExecutor
+    stop: StopRequest
+    progress: Progress
+
+    def say(self, line: str) -> None:
+        self.progress.say(line)
+
+    def run(self, wanted: Collection[int], on_layers: Callable[[int, int], None]) -> Cost:
+        """Bring every wanted layer to its end, here or in another process that has it."""
+        identity, output, manifest = self.manifest.identity, self.output, self.manifest
+        total = len(identity.moe_layers)
+        manifest.load()
+        output.check_files(identity)
+        if not output.shared:
+            output.remove_temporaries()
+        todo = self._survey(wanted)
+        finished_before = len(manifest.layers)
+        needed = sum(file_bytes(identity.layout, identity.layer_metadata(idx)) for idx in todo)
+        free = preflight.check_free_space(output.path, needed)
+        self.say(
+            f"output: {output.path}, {self.options.method}, {finished_before} of {total} layers "
+            f"finished before, {gigabytes(needed)} to write, {gigabytes(free)} free, "
+            f"{self.options.threads} threads"
+        )
+        on_layers(finished_before, total)
+        matrices = len(PROJECTIONS) * identity.layout.num_experts
+        self.progress.start(len(todo) * matrices)
+        seconds, converted, done = 0.0, 0, 0
+        try:
+            # Closed here, not by the garbage collector: its locks need the directory's file.
+            with contextlib.closing(self._in_turn(todo)) as layers:
+                for layer_idx in layers:
+                    done += 1
+                    if layer_idx in manifest.layers:  # by another process
+                        self.progress.step(matrices)
+                    else:
+                        result = self._convert_layer(layer_idx)
+                        seconds, converted = seconds + result.seconds, converted + 1
+                        remaining = seconds / converted * (len(todo) - done)
+                        line = progress_line(result, identity, len(manifest.layers), remaining)
+                        self.say(line)
+                    on_layers(len(manifest.layers), total)
+        except Stopped as stopped:
+            raise Stopped(stopped.signum, f"{len(manifest.layers)} of {total} layers") from None
+        return Cost(converted, converted * identity.layout.num_weights, seconds)
+
+    def _survey(self, wanted: Collection[int]) -> list[int]:
+        """The layers that are to be converted or that another process has."""
+        todo = []
+        for layer_idx in wanted:
+            with self.output.layer_lock(layer_idx) as free:
+                if not free or not self._is_finished(layer_idx):
+                    todo.append(layer_idx)
+        return todo
+
+    def _in_turn(self, todo: list[int]) -> Generator[int]:
+        """Each layer with its lock held; those that others have come last.
+
+        A layer that is in the manifest then was finished by another process.
+        """
+        busy = []
+        for layer_idx in todo:
+            with self.output.layer_lock(layer_idx) as free:
+                if free:
+                    self._refresh(layer_idx)
+                    yield layer_idx
+                else:
+                    busy.append(layer_idx)
+        if busy:
+            self.say(f"another conversion has layers {shown_layers(busy)}: waiting for them")
+        for layer_idx in busy:
+            while True:
+                with self.output.layer_lock(layer_idx) as free:
+                    if free:
+                        self._refresh(layer_idx)
+                        yield layer_idx
+                        break
+                self.stop.check()
+                time.sleep(_POLL_SECONDS)
+
+    def _refresh(self, layer_idx: int) -> None:
+        if self.output.shared:
+            self.manifest.load()
+            self._is_finished(layer_idx)
+
+    def _is_finished(self, layer_idx: int) -> bool:
+        """Whether a layer, whose lock is held, is finished; the manifest says so afterwards."""
+        manifest = self.manifest
+        path = self.output.path / layer_file_name(layer_idx)
+        problem = self.output.find_problem(manifest, layer_idx, self.stop)
+        record = manifest.layers.get(layer_idx)
+        if problem == "":
+            try:
+                known = record or self._prove(path, layer_idx)
+                problem = self._changed_source(path, layer_idx, known)
+                if not problem and record is None:
+                    manifest.update({layer_idx: known})
+            except UserError as error:
+                problem = str(error)
+        if problem:
+            self.say(f"{problem}; converting layer {layer_idx} again")
+            manifest.update(drop=[layer_idx])
+        return problem == ""
+
+    def _changed_source(self, path: Path, layer_idx: int, record: LayerRecord) -> str:
+        """Name a shard that was written to after the layer and holds other bytes now.
+
+        Like ``make``, this trusts the files' times; ``--verify`` reads everything.
+        """
+        made = path.stat().st_mtime_ns
+        tensors = self.checkpoint.layer_tensors(layer_idx, self.options.input_type)
+        newer = {
+            shard: names
+            for shard, names in tensors.items()
+            if (self.checkpoint.path / shard).stat().st_mtime_ns > made
+        }
+        for shard, names in newer.items():
+            found = read_source_digest(self.checkpoint, names, self.pool, self.stop)
+            if found[shard] != record.source.get(shard):
+                return (
+                    f"{self.checkpoint.path / shard} has changed since layer {layer_idx} was made "
+                    f"from it"
                 )
-                for item in items
-            ],
-            stop,
+        if newer:
+            with contextlib.suppress(OSError):  # the same bytes: the next run need not read them
+                os.utime(path)
+        return ""
+
+    def _prove(self, path: Path, layer_idx: int) -> LayerRecord:
+        """Prove a file that the manifest does not know, and say what it should say.
+
+        Raises:
+            UserError: the file is not what the source gives.
+        """
+        layout = self.manifest.identity.layout
+        sha256, errors = verify.verify_layer_file(
+            path, layer_idx, layout, self.checkpoint, self.options.input_type, self.pool, self.stop
         )
-        writer.seal(pool, stop)
-        sha256, error = verify.verify_layer_file(
-            writer.temporary, layer_idx, layout, checkpoint, identity.input_type, pool, stop
+        header = read_header(path)
+        source = json.loads(header.metadata[SOURCE_KEY])
+        return LayerRecord(
+            path.name.removesuffix(TEMPORARY_SUFFIX), header.file_size, sha256, source, errors
         )
-        writer.publish()
-    record = LayerRecord(final.name, writer.size, sha256)
-    manifest.add(layer_idx, record)
-    read_bytes = sum(checkpoint.nbytes(item.weight) for item in items)
-    return LayerResult(layer_idx, time.monotonic() - started, read_bytes, record, error)
+
+    def _convert_layer(self, layer_idx: int) -> LayerResult:
+        """Convert one layer; its file and its manifest entry exist afterwards, or neither does."""
+        started = time.monotonic()
+        identity, checkpoint, input_type = (
+            self.manifest.identity,
+            self.checkpoint,
+            self.options.input_type,
+        )
+        layout, method = identity.layout, identity.layout.method
+        digest = SourceDigest(checkpoint)
+        items = checkpoint.expert_projections(layer_idx, input_type)
+        final = self.output.path / layer_file_name(layer_idx)
+        with LayerWriter(final, layout, identity.layer_metadata(layer_idx)) as writer:
+            if layout.has_tables:
+                writer.write_tensor("tables", _ext.int4_tables(method))
+
+            def convert(item: ExpertProjection) -> None:
+                quantize.convert_projection(checkpoint, item, input_type, method, writer, digest)
+                self.progress.step()
+
+            tasks = [functools.partial(convert, item) for item in items]
+            run_all(self.pool, tasks, self.stop)
+            writer.seal(self.pool, self.stop, digest.by_shard())
+            record = self._prove(writer.temporary, layer_idx)
+            writer.publish()
+        self.manifest.update({layer_idx: record})
+        read_bytes = sum(checkpoint.nbytes(item.tensors(input_type)[0]) for item in items)
+        return LayerResult(layer_idx, time.monotonic() - started, read_bytes, record)
 
 
 def progress_line(result: LayerResult, identity: Identity, finished: int, remaining: float) -> str:
@@ -177,8 +365,13 @@ def progress_line(result: LayerResult, identity: Identity, finished: int, remain
         f"layer {result.layer_idx}: {finished} of {len(identity.moe_layers)}, "
         f"{gigabytes(result.record.bytes)} in {result.seconds:.1f} s, "
         f"{weights / seconds / 1e6:.1f} M weights/s, {moved / seconds / 1e9:.3f} GB/s, "
-        f"error {result.error:.4f}, ETA {duration(remaining)}"
+        f"error {mean_error(result.record):.4f}, ETA {duration(remaining)}"
     )
+
+
+def mean_error(record: LayerRecord) -> float:
+    """Mean relative error of the sampled matrices."""
+    return sum(record.errors.values()) / max(1, len(record.errors))
 
 
 def duration(seconds: float) -> str:

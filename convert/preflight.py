@@ -6,6 +6,8 @@ would stop a conversion after hours is found in seconds.
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from kt_kernel.errors import UserError
 from kt_kernel.packed import PROJECTIONS, PackedLayout
 
 #: --input-type -> dtype of the weights in the shards.
-INPUT_DTYPES = {"fp8": "F8_E4M3", "bf16": "BF16", "fp16": "F16"}
+INPUT_DTYPES = {"fp8": "F8_E4M3", "bf16": "BF16", "fp16": "F16", "int4": "I32"}
+#: Weights of a group of compressed-tensors' int4 that have one scale.
+INT4_GROUPS = (32, 64, 128)
+#: Bytes of an element of a safetensors dtype.
+_DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 def packed_layout(checkpoint: Checkpoint, method: str) -> PackedLayout:
@@ -49,18 +55,77 @@ def check_source(checkpoint: Checkpoint, input_type: str, layout: PackedLayout) 
             f"{_json_list(checkpoint.dims.fp8_block)}, expected {_json_list(FP8_BLOCK)}: no other "
             f"FP8 scheme is supported"
         )
-    expected = set()
+    group = _int4_group(checkpoint) if input_type == "int4" else 0
+    expected: set[str] = set()
     for layer_idx in layers:
         for expert in range(layout.num_experts):
             for projection in PROJECTIONS:
                 item = ExpertProjection(layer_idx, expert, projection)
-                shape = layout.projection_shape(projection)
-                _check_tensor(checkpoint, item.weight, INPUT_DTYPES[input_type], shape)
-                expected.add(item.weight)
+                n, k = layout.projection_shape(projection)
+                names = item.tensors(input_type)
+                if input_type == "int4":
+                    _check_tensor(checkpoint, names[0], ("I32",), (n, k // 8))
+                    _check_tensor(checkpoint, names[1], ("BF16", "F16", "F32"), (n, k // group))
+                    _check_tensor(checkpoint, names[2], ("I64", "I32"), (2,))
+                else:
+                    _check_tensor(checkpoint, names[0], (INPUT_DTYPES[input_type],), (n, k))
                 if input_type == "fp8":
-                    _check_tensor(checkpoint, item.scale, "F32", scale_shape(shape))
-                    expected.add(item.scale)
+                    _check_tensor(checkpoint, names[1], ("F32",), scale_shape((n, k)))
+                expected.update(names)
     _check_no_others(checkpoint, expected)
+
+
+def detect_input_type(checkpoint: Checkpoint) -> str:
+    """The ``--input-type`` of a checkpoint, by its first expert.
+
+    Raises:
+        UserError: its weights are of no type that can be converted; names it.
+    """
+    item = ExpertProjection(checkpoint.dims.moe_layers()[0], 0, "gate")
+    if checkpoint.shard_of(item.tensors("int4")[0]) is not None:
+        return "int4"
+    stem = item.weight.removesuffix(".weight")
+    if checkpoint.shard_of(item.weight) is None and checkpoint.shard_of(f"{stem}.qweight"):
+        raise UserError(
+            f"{checkpoint.shard_of(f'{stem}.qweight')} holds {stem}.qweight, the layout of GPTQ "
+            f"and AWQ: expected bf16, fp16, FP8 or compressed-tensors (weight_packed); convert the "
+            f"original checkpoint, or one that was saved with compressed-tensors"
+        )
+    found = checkpoint.entry(item.weight).dtype
+    for input_type, dtype in INPUT_DTYPES.items():
+        if found == dtype and input_type != "int4":
+            return input_type
+    raise UserError(
+        f"{item.weight} in {checkpoint.shard_of(item.weight)} is {found}: expected one of "
+        f"{', '.join(INPUT_DTYPES)}; this checkpoint cannot be converted"
+    )
+
+
+def _int4_group(checkpoint: Checkpoint) -> int:
+    """Check what config.json says of compressed-tensors; the weights of a group."""
+    found = checkpoint.dims.int4_scheme
+    group = found.get("group_size")
+    expected = {
+        "format": "pack-quantized",
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "actorder": None,
+    }
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{checkpoint.config_path}: quantization_config of the experts has {key} "
+                f"{json.dumps(found.get(key))}, expected {json.dumps(value)}: no other scheme of "
+                f"compressed-tensors is supported"
+            )
+    if group not in INT4_GROUPS:
+        raise UserError(
+            f"{checkpoint.config_path}: quantization_config has group_size {json.dumps(group)}, "
+            f"expected one of {', '.join(map(str, INT4_GROUPS))}"
+        )
+    return int(group)
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -69,31 +134,31 @@ def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_input_type(checkpoint: Checkpoint, input_type: str, item: ExpertProjection) -> None:
-    found = checkpoint.entry(item.weight).dtype
-    if found == INPUT_DTYPES[input_type]:
+    found = detect_input_type(checkpoint)
+    if found == input_type:
         return
-    right = [name for name, dtype in INPUT_DTYPES.items() if dtype == found]
-    hint = f"use --input-type {right[0]}" if right else "this checkpoint cannot be converted"
+    name = item.tensors(found)[0]
     raise UserError(
-        f"--input-type is {input_type}, but {item.weight} in {checkpoint.shard_of(item.weight)} "
-        f"is {found}: {hint}"
+        f"--input-type is {input_type}, but {name} in {checkpoint.shard_of(name)} is "
+        f"{checkpoint.entry(name).dtype}: use --input-type {found}"
     )
 
 
-def _check_tensor(checkpoint: Checkpoint, name: str, dtype: str, shape: tuple[int, int]) -> None:
+def _check_tensor(
+    checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
     entry = checkpoint.entry(name)
-    if entry.dtype != dtype:
+    if entry.dtype not in dtypes:
         raise UserError(
-            f"{checkpoint.shard_of(name)}: {name} is {entry.dtype}, expected {dtype}: the "
-            f"checkpoint does not fit its config.json or --input-type"
+            f"{checkpoint.shard_of(name)}: {name} is {entry.dtype}, expected "
+            f"{' or '.join(dtypes)}: the checkpoint does not fit its config.json or --input-type"
         )
     if entry.shape != shape:
         raise UserError(
             f"{checkpoint.shard_of(name)}: {name} has shape {_json_list(entry.shape)}, expected "
             f"{_json_list(shape)}: the checkpoint does not fit its config.json"
         )
-    bits = {"F8_E4M3": 8, "BF16": 16, "F16": 16, "F32": 32}[dtype]
-    nbytes = shape[0] * shape[1] * bits // 8
+    nbytes = math.prod(shape) * _DTYPE_BYTES[entry.dtype]
     if entry.end - entry.begin != nbytes:
         raise UserError(
             f"{checkpoint.shard_of(name)}: {name} spans {entry.end - entry.begin} bytes, expected "
@@ -114,7 +179,7 @@ def _check_no_others(checkpoint: Checkpoint, expected: set[str]) -> None:
         if not dims.is_moe_layer(layer_idx):
             reason = f"{checkpoint.config_path} says that layer {layer_idx} is dense"
         elif expert >= dims.num_experts:
-            reason = f"{checkpoint.config_path} says n_routed_experts is {dims.num_experts}"
+            reason = f"{checkpoint.config_path} says {dims.experts_key} is {dims.num_experts}"
         else:
             reason = "no tensor of that name belongs to a checkpoint of this --input-type"
         raise UserError(f"{checkpoint.shard_of(name)} holds {name}, but {reason}")

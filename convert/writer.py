@@ -28,6 +28,10 @@ from kt_kernel.packed import DATA_ALIGNMENT, PackedLayout
 TEMPORARY_SUFFIX = ".tmp"
 #: Metadata key of the checksums: JSON, tensor name -> SHA-256 of the tensor's bytes.
 CHECKSUMS_KEY = "tensor_sha256"
+#: Metadata key of the source's digests: JSON, shard -> :meth:`SourceDigest.by_shard`'s value.
+SOURCE_KEY = "source_sha256"
+#: Stands for a digest while it is not known; of the same length.
+BLANK_DIGEST = "0" * 64
 
 _CHUNK = 8 << 20
 #: dtype of a tensor of a layer file -> numpy type of its raw bits (numpy has no bf16).
@@ -60,7 +64,7 @@ def header_bytes(
 
 def file_bytes(layout: PackedLayout, metadata: dict[str, str]) -> int:
     """Size in bytes of the layer file."""
-    blank = dict.fromkeys(layout.tensors(), "0" * 64)
+    blank = dict.fromkeys(layout.tensors(), BLANK_DIGEST)
     data = sum(spec.nbytes for spec in layout.tensors().values())
     return len(header_bytes(layout, metadata, blank)) + data
 
@@ -91,7 +95,7 @@ class LayerWriter:
     Args:
         final: path the file gets when it is published.
         layout: dimensions and method of the layer.
-        metadata: the header's metadata but for the checksums.
+        metadata: the header's metadata but for the checksums, with blank digests of the source.
 
     Raises:
         UserError: no space, or the file cannot be written.
@@ -161,8 +165,15 @@ class LayerWriter:
         with named_write_errors(self.final):
             write_fully(self._fd, raw, self._begins[name] + offset)
 
-    def seal(self, pool: ThreadPoolExecutor, stop: StopRequest) -> None:
+    def seal(
+        self, pool: ThreadPoolExecutor, stop: StopRequest, source: dict[str, str] | None = None
+    ) -> None:
         """Write the header with the checksums and flush the file to the disk.
+
+        Args:
+            pool: hashes.
+            stop: asked meanwhile.
+            source: digest of each shard's part of the layer, in place of the blank ones.
 
         Raises:
             UserError: writing or flushing failed.
@@ -178,7 +189,12 @@ class LayerWriter:
 
         with named_write_errors(self.final):
             run_all(pool, [functools.partial(hash_tensor, name) for name in self._specs], stop)
-            header = header_bytes(self._layout, self._metadata, checksums)
+            metadata = dict(self._metadata)
+            if source is not None:
+                metadata[SOURCE_KEY] = json.dumps(source)
+            header = header_bytes(self._layout, metadata, checksums)
+            if len(header) != self.size - sum(spec.nbytes for spec in self._specs.values()):
+                raise RuntimeError(f"{self.final}: the digests {source} are not those announced")
             write_fully(self._fd, memoryview(header), 0)
             os.fsync(self._fd)
 

@@ -253,8 +253,8 @@ TABLE: tuple[Setting, ...] = (
     ),
     # --- convert --------------------------------------------------------------------------------
     Setting(
-        "KT_INPUT_TYPE", Choice(("fp8", "bf16", "fp16")), "fp8",
-        "Type of the checkpoint's expert weights.",
+        "KT_INPUT_TYPE", Choice(("fp8", "bf16", "fp16", "int4", "auto")), "fp8",
+        "Type of the checkpoint's expert weights; `auto` takes what the files hold.",
         CONVERT, ("convert",), (Flag("convert", "--input-type", (), 2),), tutorial="fp8",
     ),
     Setting(
@@ -263,6 +263,12 @@ TABLE: tuple[Setting, ...] = (
         "which is 10 GB more for V3.2, and is more accurate; both are served with "
         "`KT_METHOD=AMXINT4`.",
         CONVERT, ("convert", "check"), (Flag("convert", "--quant-method", (), 4),), tutorial="int4",
+    ),
+    Setting(
+        "KT_CONVERT_LAYERS", Text("layers as in 3-20", r"\d+(-\d+)?"), NONE,
+        "Layers to convert, as in `3-20`, so that several hosts share the work on one directory; "
+        "`none` converts all.",
+        CONVERT, ("convert",), (Flag("convert", "--layers", (), 8),), none=True,
     ),
     Setting(
         "KT_NO_MERGE_SAFETENSOR", _BOOL, "1",

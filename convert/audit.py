@@ -1,0 +1,158 @@
+"""``--verify``: proves a finished output, layer by layer, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convert import verify
+from convert.checkpoint import Checkpoint
+from convert.manifest import LayerRecord, Manifest, read_layers, read_manifest
+from convert.output import check_sums
+from convert.pipeline import Options, chosen_layers, identify, shown_layers
+from convert.preflight import gigabytes
+from convert.source_digest import read_source_digest
+from convert.workers import StopRequest, worker_pool
+from convert.writer import hash_range
+from kt_kernel.errors import UserError
+from kt_kernel.packed import (
+    FORMAT_NAME,
+    MANIFEST_NAME,
+    PackedLayout,
+    check_layer_header,
+    layer_file_name,
+    read_header,
+)
+
+
+def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None]) -> None:
+    """Check every layer file of an output, and its source if ``options.input_path`` is given.
+
+    Without a source: the manifest, and each file's size, header and SHA-256. With one: also that
+    the manifest is of this source, that the bytes each layer was made from are the same still, and
+    that a sample of its experts gives these weights.
+
+    Raises:
+        UserError: something is not as it should be; says how many layers and which.
+        Stopped: a stop was requested.
+    """
+    path = options.output / MANIFEST_NAME
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --output must be the result of a conversion")
+    layout, moe_layers, records, input_type = _read_manifest(path)
+    options = replace(options, input_type=input_type)
+    wanted = chosen_layers(options.layers, moe_layers)
+    with ExitStack() as stack:
+        pool = worker_pool(options.threads, options.nodes)
+        stack.callback(pool.shutdown)
+        checkpoint = None
+        if options.input_path is not None:
+            checkpoint = stack.enter_context(Checkpoint(options.input_path))
+            identity = identify(checkpoint, options.input_type, layout.method, options.output)
+            Manifest(options.output, identity).load()
+        audit = _Audit(options, layout, checkpoint, pool, stop)
+        bad = []
+        for layer_idx in wanted:
+            try:
+                say(f"layer {layer_idx}: {audit.check(layer_idx, records.get(layer_idx))}")
+            except UserError as error:
+                say(f"layer {layer_idx}: BAD: {error}")
+                bad.append(layer_idx)
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(wanted)} layers of {options.output} are not as they should be "
+            f"({shown_layers(bad)}): delete the layer files named above and convert again"
+        )
+    say(f"verified: {options.output}, {len(wanted)} layers")
+
+
+def _read_manifest(path: Path) -> tuple[PackedLayout, list[int], dict[int, LayerRecord], str]:
+    """Layout, layers, records and input type of a manifest, without a source to compare with."""
+    found: dict[str, Any] = read_manifest(path)
+    records = read_layers(path, found)
+    try:
+        model = found["model"]
+        if found["format"] != FORMAT_NAME:
+            raise ValueError(found["format"])
+        layout = PackedLayout(
+            int(model["num_experts"]),
+            int(model["hidden_size"]),
+            int(model["intermediate_size"]),
+            str(found["method"]),
+        )
+        moe_layers = [int(idx) for idx in model["moe_layers"]]
+        return layout, moe_layers, records, str(found["source"]["input_type"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path} is not a manifest of this program: delete it and convert"
+        ) from None
+
+
+@dataclass
+class _Audit:
+    options: Options
+    layout: PackedLayout
+    checkpoint: Checkpoint | None
+    pool: ThreadPoolExecutor
+    stop: StopRequest
+
+    def check(self, layer_idx: int, record: LayerRecord | None) -> str:
+        """Check one layer; what to say of it.
+
+        Raises:
+            UserError: what is wrong with it.
+        """
+        if record is None:
+            raise UserError("it is not converted yet")
+        path = self.options.output / layer_file_name(layer_idx)
+        self._check_file(path, layer_idx, record)
+        said = f"ok, {gigabytes(record.bytes)}"
+        if self.checkpoint is None:
+            return said
+        errors = self._check_source(self.checkpoint, path, layer_idx, record)
+        return f"{said}, source unchanged, error {errors:.4f}"
+
+    def _check_file(self, path: Path, layer_idx: int, record: LayerRecord) -> None:
+        header = read_header(path)
+        if header.file_size != record.bytes:
+            raise UserError(f"{path} has {header.file_size} bytes, expected {record.bytes}")
+        check_layer_header(header, self.layout, layer_idx)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            sha256 = hash_range(fd, 0, header.file_size, self.stop)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        finally:
+            os.close(fd)
+        if sha256 != record.sha256:
+            where = check_sums(header, self.stop) or f"{path}: its header"
+            raise UserError(f"{where.removesuffix(' does not match its checksum')} has changed")
+
+    def _check_source(
+        self, checkpoint: Checkpoint, path: Path, layer_idx: int, record: LayerRecord
+    ) -> float:
+        """Mean error of the sample, which is quantised once more."""
+        tensors = checkpoint.layer_tensors(layer_idx, self.options.input_type)
+        names = [name for shard in tensors.values() for name in shard]
+        found = read_source_digest(checkpoint, names, self.pool, self.stop)
+        for shard, digest in found.items():
+            if digest != record.source.get(shard):
+                raise UserError(
+                    f"{checkpoint.path / shard} is not what layer {layer_idx} was made from: "
+                    f"download that shard again, or convert again if it was replaced on purpose"
+                )
+        errors = verify.check_sample(
+            path,
+            layer_idx,
+            self.layout,
+            checkpoint,
+            self.options.input_type,
+            self.pool,
+            self.stop,
+        )
+        return sum(errors.values()) / len(errors)
