@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
-#include "bindings/enums.h"
+#include "bindings/arguments.h"
 #include "weights/quantize.h"
 
 namespace py = pybind11;
