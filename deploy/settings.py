@@ -313,8 +313,8 @@ TABLE: tuple[Setting, ...] = (
         "Capture CUDA graphs of the prefill. Has no effect in CPU mode.",
         ADDED, ("serve",), _serve("--disable-prefill-cuda-graph", inverted=True), tutorial="0",
         adds="--disable-prefill-cuda-graph",
-        reason="SGLang captures prefill graphs at batch sizes that it never announces to the "
-        "CPU experts, whose buffers have to exist before a capture",
+        reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a "
+        "card, and prefill is bound by the CPU experts, which a graph does not speed up",
         turn_off="KT_PREFILL_CUDA_GRAPH=1",
     ),
     Setting(
@@ -322,8 +322,7 @@ TABLE: tuple[Setting, ...] = (
         "Capture CUDA graphs of the decode. Has no effect in CPU mode.",
         ADDED, ("serve",), _serve("--disable-decode-cuda-graph", inverted=True), tutorial="0",
         adds="--disable-decode-cuda-graph",
-        reason="in this version the CPU experts synchronise with the GPU, which a captured graph "
-        "cannot contain",
+        reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a card",
         turn_off="KT_DECODE_CUDA_GRAPH=1",
     ),
     Setting(

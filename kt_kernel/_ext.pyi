@@ -122,3 +122,43 @@ class Layer:
     ) -> Job: ...
     @property
     def weight_bytes(self) -> int: ...
+
+class StreamContext:
+    """What the layers' calls on CUDA streams share; thread-safe.
+
+    Args:
+        library: path of the CUDA runtime, which must be loaded already.
+
+    Raises:
+        RuntimeError: it is not loaded, or lacks a call.
+    """
+
+    failure: str
+    """The first failure of any call, naming its layer; empty if there was none."""
+
+    def __init__(self, library: str) -> None: ...
+    def end_overdue(self, seconds: float) -> None:
+        """Let calls fail that their stream has waited for longer than this."""
+
+class StreamLayer:
+    """Puts a layer's calls on a CUDA stream; legal inside a capture, and never waits.
+
+    Raises:
+        RuntimeError: what CUDA refuses, calls out of order, or a call that failed earlier.
+    """
+
+    def __init__(self, context: StreamContext, layer: Layer, layer_idx: int) -> None: ...
+    def submit(
+        self,
+        stream: int,
+        x: int,
+        dtype: str,
+        tokens: int,
+        ids: int,
+        weights: int,
+        on_gpu: int,
+    ) -> None:
+        """As ``Layer.submit``; x, ids and weights are addresses on the device."""
+
+    def sync(self, stream: int, out: int) -> None:
+        """``out`` is an address on the device; NaN where the call failed."""

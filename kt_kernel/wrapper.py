@@ -20,6 +20,7 @@ from kt_kernel import _ext, packed
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
 from kt_kernel.loading import load_progress
+from kt_kernel.stream import stream_context
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,12 @@ class _CudaCall(NamedTuple):
     x: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
+
+
+class _CapturedCall(NamedTuple):
+    """A call that a CUDA graph is capturing: what its output is like."""
+
+    like: torch.Tensor
 
 
 class KTMoEWrapper:
@@ -132,7 +139,8 @@ class KTMoEWrapper:
         self._top_k = num_experts_per_tok
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
         self._layer = self._new_layer()
-        self._pending: _Pending | _CudaCall | None = None
+        self._pending: _Pending | _CudaCall | _CapturedCall | None = None
+        self._on_stream: _ext.StreamLayer | None = None
 
     def _new_layer(self) -> _ext.Layer:
         layout = self._layout
@@ -290,7 +298,11 @@ class KTMoEWrapper:
         routing = (tokens, self._top_k)
         _check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
         _check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
-        if hidden_states.is_cuda:
+        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._pending = self._capture(hidden_states, topk_ids, topk_weights)
+        elif hidden_states.is_cuda:
+            if self._on_stream is not None and stream_context().failure:
+                raise RuntimeError(f"an earlier call failed: {stream_context().failure}")
             self._pending = _copy_from_cuda(hidden_states, topk_ids, topk_weights)
         else:
             self._pending = self._submit(hidden_states, topk_ids, topk_weights)
@@ -312,6 +324,11 @@ class KTMoEWrapper:
         pending, self._pending = self._pending, None
         if pending is None:
             raise UserError(f"layer {self.layer_idx}: sync_forward without submit_forward")
+        if isinstance(pending, _CapturedCall):
+            output = torch.empty_like(pending.like)
+            assert self._on_stream is not None
+            self._on_stream.sync(_current_stream(output), output.data_ptr())
+            return output
         if isinstance(pending, _CudaCall):
             pending.copied.synchronize()
             pending = self._submit(pending.x, pending.ids, pending.weights)
@@ -351,6 +368,27 @@ class KTMoEWrapper:
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
         return _Pending(job, output)
+
+    def _capture(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> _CapturedCall:
+        """Put the call on the stream being captured; nothing runs before the graph's replay."""
+        if self._on_stream is None:
+            self._on_stream = _ext.StreamLayer(stream_context(), self._layer, self.layer_idx)
+        # Copies that these make are freed here, but reused only by what comes later on the stream.
+        x = hidden_states.contiguous()
+        ids = topk_ids.to(torch.int32).contiguous()
+        weights = topk_weights.contiguous()
+        self._on_stream.submit(
+            _current_stream(x),
+            x.data_ptr(),
+            _ACTIVATION_DTYPES[x.dtype],
+            x.shape[0],
+            ids.data_ptr(),
+            weights.data_ptr(),
+            self.gpu_experts_mask.data_ptr(),
+        )
+        return _CapturedCall(x)
 
     def _output_like(self, x: torch.Tensor) -> torch.Tensor:
         if x.nbytes < _REUSED_OUTPUT_BYTES:
@@ -401,15 +439,14 @@ def _check_tensor(
         )
 
 
+def _current_stream(tensor: torch.Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
 def _copy_from_cuda(
     hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> _CudaCall:
     """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
-    if torch.cuda.is_current_stream_capturing():
-        raise UserError(
-            "a CUDA graph is being captured, which this version does not support: start SGLang "
-            "with --disable-decode-cuda-graph --disable-prefill-cuda-graph"
-        )
 
     def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -33,7 +33,7 @@ class RandomLayer:
         """A loaded wrapper on the target that KT_TARGET names; ``method`` is of packed.METHODS."""
         e, k, h, i = self.shape
         wrapper = KTMoEWrapper(
-            layer_idx=0,
+            layer_idx=kwargs.pop("layer_idx", 0),
             num_experts=e,
             num_experts_per_tok=k,
             hidden_size=h,

@@ -7,26 +7,13 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
-#include "bindings/enums.h"
+#include "bindings/arguments.h"
 #include "targets/dispatch.h"
 
 namespace py = pybind11;
 
 namespace kt {
 namespace {
-
-// Tensors arrive as addresses: this module is built without torch. kt_kernel/wrapper.py checks
-// dtype, shape and contiguity before it passes one.
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-ActivationDtype parse_activation_dtype(const std::string& name) {
-  if (name == "fp32") return ActivationDtype::kFp32;
-  if (name == "bf16") return ActivationDtype::kBf16;
-  fail_argument("unknown activation dtype '", name, "': expected bf16 or fp32");
-}
 
 std::shared_ptr<Layer> make_layer(std::shared_ptr<Engine> engine, int64_t num_experts,
                                   int64_t top_k, int64_t hidden_size, int64_t intermediate_size,

@@ -5,4 +5,5 @@ PYBIND11_MODULE(_ext, module) {
   kt::bind_machine(module);
   kt::bind_weights(module);
   kt::bind_layer(module);
+  kt::bind_stream(module);
 }

@@ -6,7 +6,8 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
-#include "bindings/enums.h"
+#include "bindings/arguments.h"
+#include "bindings/bindings.h"
 #include "targets/dispatch.h"
 #include "weights/quantize.h"
 

@@ -18,6 +18,8 @@ enum class ActivationDtype : uint8_t { kFp32, kBf16 };
 // Byte offsets in a packed file of the three stacked tensors of one projection, by Part.
 using FileOffsets = std::array<int64_t, 3>;
 
+class LayerJob;
+
 class Layer {
  public:
   // The intermediate size is cut into as many slices as the engine has, in multiples of
@@ -54,8 +56,15 @@ class Layer {
   std::shared_ptr<Job> submit(const void* x, ActivationDtype dtype, int64_t tokens,
                               const int32_t* ids, const float* weights, const uint8_t* on_gpu,
                               void* out);
+  // The same for inputs that stay until the job has ended: nothing is waited for.
+  std::shared_ptr<Job> submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
+                                   const int32_t* ids, const float* weights, const uint8_t* on_gpu,
+                                   void* out);
 
  private:
+  std::shared_ptr<LayerJob> queue(const void* x, ActivationDtype dtype, int64_t tokens,
+                                  const int32_t* ids, const float* weights, const uint8_t* on_gpu,
+                                  void* out);
   // Before and after the weights are written.
   void prepare(const int8_t* tables, const std::vector<int64_t>& source);
   void finish(const std::vector<int64_t>& source);

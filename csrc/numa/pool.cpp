@@ -95,7 +95,19 @@ void WorkerPool::submit(std::shared_ptr<Job> job) {
 
 void WorkerPool::wait(Job& job) {
   wait_changed(job.done_, 0);
+  const std::lock_guard lock(job.mutex_);
   if (job.error_) std::rethrow_exception(job.error_);
+}
+
+void WorkerPool::abandon(Job& job, const std::string& reason) {
+  {
+    const std::lock_guard lock(job.mutex_);
+    if (job.done_.load(std::memory_order_acquire) != 0) return;
+    if (!job.error_) job.error_ = std::make_exception_ptr(std::runtime_error(reason));
+  }
+  job.failed_.store(true, std::memory_order_release);  // what has not begun is left out
+  job.done_.store(1, std::memory_order_release);
+  job.done_.notify_all();
 }
 
 bool WorkerPool::idle() const { return completed_.load() == submitted_.load(); }

@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -90,6 +91,9 @@ class WorkerPool {
   void submit(std::shared_ptr<Job> job);
   // Waits until the job has ended and rethrows what a worker threw.
   static void wait(Job& job);
+  // Ends the wait for a job that may never end: wait() throws std::runtime_error with the reason.
+  // Nothing if the job has ended.
+  static void abandon(Job& job, const std::string& reason);
   // Whether every job submitted so far has ended, well or not; and waiting until that is so.
   bool idle() const;
   void drain();

@@ -1,11 +1,10 @@
-"""Tensors on a GPU: the same result as on the CPU, and a clear refusal inside a graph capture."""
+"""Tensors on a GPU: the same result as on the CPU, called directly and replayed by a graph."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kt_kernel.errors import UserError
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LAYERS
 
@@ -29,11 +28,31 @@ def test_same_bits_as_on_the_cpu(method: str, dtype: torch.dtype) -> None:
         assert torch.equal(found.cpu(), want)
 
 
-def test_graph_capture_is_refused() -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("int4")
-    batch = [t.cuda() for t in random_batch(SHAPE, 2)]
-    with (
-        pytest.raises(UserError, match="--disable-decode-cuda-graph"),
-        torch.cuda.graph(torch.cuda.CUDAGraph()),
-    ):
-        wrapper.submit_forward(*batch, torch.cuda.current_stream().cuda_stream)
+@pytest.mark.parametrize("tokens", [1, 6, 64])
+def test_graph_replays(method: str, tokens: int) -> None:
+    """Two layers in a graph, replayed with inputs that it was not captured with."""
+    first = RandomLayer(SHAPE).wrapper(method, num_gpu_experts=1)
+    second = RandomLayer(SHAPE, seed=2).wrapper(method, layer_idx=1)
+    x, ids, weights = (t.cuda() for t in random_batch(SHAPE, tokens))
+
+    def both() -> torch.Tensor:
+        y = x
+        for wrapper in (first, second):
+            chosen = ids.clone()
+            wrapper.submit_forward(y, chosen, weights, torch.cuda.current_stream().cuda_stream)
+            chosen.fill_(-1)
+            y = wrapper.sync_forward(y, torch.cuda.current_stream().cuda_stream)
+        return y
+
+    both()  # as SGLang warms up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = both()
+    for seed in range(5):
+        new = random_batch(SHAPE, tokens, seed)
+        for tensor, values in zip((x, ids, weights), new, strict=True):
+            tensor.copy_(values)
+        graph.replay()
+        torch.cuda.synchronize()
+        want = second.forward(first.forward(*new, 0), *new[1:], 0)
+        assert torch.equal(found.cpu(), want)

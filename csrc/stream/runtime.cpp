@@ -1,0 +1,33 @@
+#include "stream/runtime.h"
+
+#include <dlfcn.h>
+
+#include <type_traits>
+
+#include "base/error.h"
+
+namespace kt {
+
+void CudaRuntime::check(CudaError error, const char* what) const {
+  if (error != 0) fail_runtime(what, " failed: ", error_string(error), " (CUDA error ", error, ")");
+}
+
+CudaRuntime find_cuda_runtime(const std::string& library) {
+  void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (handle == nullptr) fail_runtime("the CUDA runtime ", library, " is not loaded");
+  const auto resolve = [&](auto& function, const char* name) {
+    void* const found = dlsym(handle, name);
+    if (found == nullptr) fail_runtime("the CUDA runtime ", library, " has no ", name);
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(found);
+  };
+  CudaRuntime runtime;
+  resolve(runtime.memcpy_async, "cudaMemcpyAsync");
+  resolve(runtime.launch_host_func, "cudaLaunchHostFunc");
+  resolve(runtime.host_alloc, "cudaHostAlloc");
+  resolve(runtime.is_capturing, "cudaStreamIsCapturing");
+  resolve(runtime.exchange_capture_mode, "cudaThreadExchangeStreamCaptureMode");
+  resolve(runtime.error_string, "cudaGetErrorString");
+  return runtime;  // the handle stays open: the library must not go
+}
+
+}  // namespace kt

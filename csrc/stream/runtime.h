@@ -1,0 +1,33 @@
+// The few calls of the CUDA runtime that hand a layer's work to the CPU and back, found at run time
+// in the library that torch has loaded: nothing of CUDA is needed to build.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace kt {
+
+// As in CUDA's driver_types.h.
+using CudaStream = void*;
+using CudaError = int;  // 0 is success
+constexpr int kHostToDevice = 1, kDeviceToHost = 2;
+constexpr int kCaptureNone = 0, kCaptureActive = 1;
+constexpr int kCaptureModeRelaxed = 2;
+
+struct CudaRuntime {
+  CudaError (*memcpy_async)(void* to, const void* from, size_t bytes, int kind, CudaStream stream);
+  CudaError (*launch_host_func)(CudaStream stream, void (*function)(void*), void* data);
+  CudaError (*host_alloc)(void** memory, size_t bytes, unsigned flags);
+  CudaError (*is_capturing)(CudaStream stream, int* status);
+  CudaError (*exchange_capture_mode)(int* mode);  // of this thread
+  const char* (*error_string)(CudaError error);
+
+  // Throws std::runtime_error that names `what` for anything but success.
+  void check(CudaError error, const char* what) const;
+};
+
+// The runtime in a library that this process has loaded already; `library` is its file name or
+// path. Throws std::runtime_error if it is not loaded or lacks a call.
+CudaRuntime find_cuda_runtime(const std::string& library);
+
+}  // namespace kt

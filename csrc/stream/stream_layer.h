@@ -1,0 +1,104 @@
+// A layer's calls on a CUDA stream. Everything is put on the stream and nothing waited for, so the
+// same calls may be captured into a CUDA graph and replayed:
+//
+//   submit: inputs to pinned memory | a host function that hands them to the workers
+//   sync:   a host function that waits for the workers | the output to the device
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <compare>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "moe/layer.h"
+#include "stream/runtime.h"
+
+namespace kt {
+
+// What the calls of all layers share: pinned memory, and what has gone wrong. Calls follow each
+// other on one stream, so layers take turns with two sets of memory.
+class StreamContext {
+ public:
+  explicit StreamContext(const CudaRuntime& runtime) : runtime(runtime) {}
+
+  // Pinned memory of one call; sizes in bytes.
+  struct Pinned {
+    uint8_t* x = nullptr;
+    uint8_t* ids = nullptr;
+    uint8_t* weights = nullptr;
+    uint8_t* out = nullptr;
+  };
+  struct Shape {
+    int64_t tokens = 0;
+    int64_t row_bytes = 0;  // of x and of out
+    int64_t top_k = 0;
+    auto operator<=>(const Shape&) const = default;
+  };
+
+  // Memory that is the same for every captured call of this shape and set (0 or 1), for ever: a
+  // graph keeps its addresses. Calls that are not captured share two sets that grow.
+  Pinned captured(const Shape& shape, int set);
+  Pinned passing(const Shape& shape, int set);
+
+  // The first thing that went wrong, or nothing; all calls refuse from then on, since a result is
+  // missing from the middle of a model's pass.
+  std::string failure() const;
+  void fail(const std::string& reason);
+
+  // Ends the wait for calls that have taken longer than this; they fail.
+  void end_overdue(std::chrono::milliseconds limit);
+
+  const CudaRuntime runtime;
+
+ private:
+  friend class StreamLayer;
+  struct Waiting {
+    std::shared_ptr<Job> job;
+    std::chrono::steady_clock::time_point since;
+  };
+
+  uint8_t* allocate(size_t bytes);
+  Pinned carve(const Shape& shape);
+
+  mutable std::mutex mutex_;
+  std::map<std::tuple<Shape, int>, Pinned> captured_;
+  std::array<Shape, 2> passing_shape_;
+  std::array<Pinned, 2> passing_;
+  std::string failure_;
+  std::list<Waiting> waiting_;
+};
+
+// The calls of one layer.
+class StreamLayer {
+ public:
+  StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx);
+  ~StreamLayer();  // graphs that captured its calls must be gone
+
+  // Puts the start of a call on the stream; arguments as Layer::submit's, x, ids and weights in
+  // device memory. `on_gpu` must stay. Throws std::runtime_error for what CUDA refuses, and for a
+  // call that failed earlier.
+  void submit(CudaStream stream, const void* x, ActivationDtype dtype, int64_t tokens,
+              const int32_t* ids, const float* weights, const uint8_t* on_gpu);
+  // Puts the rest of it there; `out` is in device memory.
+  void sync(CudaStream stream, void* out);
+
+ private:
+  struct Call;
+  static void start(void* call);
+  static void finish(void* call);
+
+  const std::shared_ptr<StreamContext> context_;
+  const std::shared_ptr<Layer> layer_;
+  const int layer_idx_;
+  Call* pending_ = nullptr;
+  std::vector<std::unique_ptr<Call>> captured_calls_;  // graphs refer to them
+};
+
+}  // namespace kt

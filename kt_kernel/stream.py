@@ -1,0 +1,56 @@
+"""Layer calls that are captured into CUDA graphs: what they share in this process."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import threading
+import time
+from pathlib import Path
+
+from kt_kernel import _ext
+from kt_kernel.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+#: Seconds after which a replayed call counts as hanging; the slowest prefill chunk takes a minute.
+CALL_LIMIT = 300.0
+_CHECK_INTERVAL = 1.0
+
+
+def cuda_runtime_path(maps: Path = Path("/proc/self/maps")) -> str:
+    """Path of the CUDA runtime that this process has loaded, which is torch's.
+
+    Raises:
+        UserError: none is loaded.
+    """
+    found = re.search(r"\s(/\S*/libcudart\.so\S*)$", maps.read_text(), re.MULTILINE)
+    if found is None:
+        raise UserError(
+            "no libcudart.so is loaded in this process: expected a PyTorch built for CUDA that "
+            "links it; start SGLang without CUDA graphs"
+        )
+    return found[1]
+
+
+@functools.cache
+def stream_context() -> _ext.StreamContext:
+    """Pinned memory and the first failure of all layers' calls, watched by a thread.
+
+    Raises:
+        UserError: as :func:`cuda_runtime_path`.
+    """
+    context = _ext.StreamContext(cuda_runtime_path())
+    threading.Thread(target=watch, args=(context,), name="kt-watch", daemon=True).start()
+    return context
+
+
+def watch(
+    context: _ext.StreamContext, limit: float = CALL_LIMIT, interval: float = _CHECK_INTERVAL
+) -> None:
+    """End calls that hang, and log the first failure: a replayed graph calls no Python."""
+    while not context.failure:
+        context.end_overdue(limit)
+        time.sleep(interval)
+    logger.critical("kt_kernel: %s: outputs are NaN from here on", context.failure)

@@ -1,0 +1,256 @@
+"""Layer calls on a stream, on a stand-in for the CUDA runtime that is strict where CUDA is."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from kt_kernel import KTMoEWrapper, _ext
+from tests.layers import RandomLayer, random_batch
+from tests.shapes import LayerShape
+from tests.stream import fake_cuda
+from tests.stream.fake_cuda import Array, Stream
+
+SHAPE = LayerShape(8, 2, 256, 192)
+GPU_EXPERTS = 1
+
+
+@pytest.fixture
+def stream() -> Iterator[Stream]:
+    stream = Stream()
+    yield stream
+    stream.synchronize()
+    fake_cuda.library().fake_set_delay(0)
+    fake_cuda.library().fake_fail_next(0)
+    stream.close()
+
+
+@pytest.fixture
+def context() -> _ext.StreamContext:
+    return _ext.StreamContext(fake_cuda.library()._name)
+
+
+@dataclass
+class Batch:
+    """Inputs and output of calls with as many tokens, in device memory."""
+
+    x: Array
+    ids: Array
+    weights: Array
+    out: Array
+
+    @classmethod
+    def of(cls, tokens: int, dtype: torch.dtype = torch.float32) -> Batch:
+        x, ids, weights = random_batch(SHAPE, tokens, seed=tokens, dtype=dtype)
+        bits = x.view(torch.int16).numpy() if dtype == torch.bfloat16 else x.numpy()
+        return cls(Array(bits), Array(ids.numpy()), Array(weights.numpy()), Array(bits * 0))
+
+
+class Layer:
+    """A layer with random weights: calls on a stream, and the same on the CPU."""
+
+    def __init__(
+        self, context: _ext.StreamContext, layer_idx: int = 0, method: str = "int8"
+    ) -> None:
+        self.wrapper: KTMoEWrapper = RandomLayer(SHAPE, seed=layer_idx).wrapper(
+            method, num_gpu_experts=GPU_EXPERTS
+        )
+        self.on_stream = _ext.StreamLayer(context, self.wrapper._layer, layer_idx)
+
+    def submit(self, stream: Stream, batch: Batch) -> None:
+        self.on_stream.submit(
+            stream.handle,
+            batch.x.address,
+            "fp32" if batch.x.dtype == np.float32 else "bf16",
+            batch.x.shape[0],
+            batch.ids.address,
+            batch.weights.address,
+            self.wrapper.gpu_experts_mask.data_ptr(),
+        )
+
+    def call(self, stream: Stream, batch: Batch, out: Array | None = None) -> None:
+        """As SGLang calls: ids are masked in place, and x may be overwritten, before the sync."""
+        self.submit(stream, batch)
+        stream.fill(batch.ids, 0xFF)
+        self.on_stream.sync(stream.handle, (out or batch.out).address)
+
+    def expected(self, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.wrapper.forward(*random_batch(SHAPE, tokens, seed=tokens, dtype=dtype), 0)
+
+
+def result(array: Array) -> torch.Tensor:
+    values = torch.from_numpy(array.numpy().copy())
+    return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_as_on_the_cpu(
+    context: _ext.StreamContext, stream: Stream, method: str, dtype: torch.dtype
+) -> None:
+    layer = Layer(context, method=method)
+    fake_cuda.library().fake_set_delay(300)
+    sizes = (1, 7, 300, 2, 400)
+    batches = {tokens: Batch.of(tokens, dtype) for tokens in sizes}
+    for batch in batches.values():
+        layer.call(stream, batch)
+    stream.synchronize()
+    for tokens, batch in batches.items():
+        assert torch.equal(result(batch.out), layer.expected(tokens, dtype)), tokens
+    assert context.failure == ""
+
+
+def test_nothing_waits(context: _ext.StreamContext, stream: Stream) -> None:
+    """All calls of a pass are put on a stream that has not begun with the first."""
+    layer, batch = Layer(context), Batch.of(3)
+    fake_cuda.library().fake_set_delay(200_000)
+    stream.fill(batch.out, 0)
+    started = time.monotonic()
+    for _ in range(5):
+        layer.submit(stream, batch)
+        layer.on_stream.sync(stream.handle, batch.out.address)
+    queued = time.monotonic() - started
+    fake_cuda.library().fake_set_delay(0)
+    stream.synchronize()
+    # 35 steps of 0.1 s on average were ahead.
+    assert queued < 0.5
+    assert torch.equal(result(batch.out), layer.expected(3))
+
+
+def test_a_graph_of_sixty_layers_replays(context: _ext.StreamContext, stream: Stream) -> None:
+    """Each layer's output is the next one's input; two graphs of different sizes in turn."""
+    layers = [Layer(context, layer_idx) for layer_idx in range(60)]
+    graphs = {}
+    for tokens in (1, 5):
+        batch = Batch.of(tokens)
+        ids, outs = Array(batch.ids.numpy()), [Array(batch.out.numpy()) for _ in layers]
+        stream.begin_capture()
+        current = batch.x
+        for layer, out in zip(layers, outs, strict=True):
+            stream.copy(ids, batch.ids)
+            layer.call(stream, Batch(current, ids, batch.weights, out))
+            current = out
+        graphs[tokens] = stream.end_capture(), batch, outs
+    gc.collect()
+    pinned = fake_cuda.library().fake_pinned_blocks()
+    fake_cuda.library().fake_set_delay(50)
+    for round_ in range(3):
+        for tokens, (graph, batch, outs) in graphs.items():
+            x, order, weights = random_batch(SHAPE, tokens, seed=10 * round_ + tokens)
+            values = [np.ascontiguousarray(t.numpy()) for t in (x, order, weights)]
+            for array, value in zip((batch.x, batch.ids, batch.weights), values, strict=True):
+                stream.copy(array, value)
+            stream.launch(graph)
+            stream.synchronize()
+            for layer, out in zip(layers, outs, strict=True):
+                x = layer.wrapper.forward(x, order, weights, 0)
+                assert torch.equal(result(out), x)
+    assert fake_cuda.library().fake_pinned_blocks() == pinned
+
+
+def test_memory_of_a_graph_outlives_other_calls(
+    context: _ext.StreamContext, stream: Stream
+) -> None:
+    """Calls of the same size on the same set of memory, captured or not, do not disturb it."""
+    layer, batch, other = Layer(context), Batch.of(4), Batch.of(6)
+    stream.begin_capture()
+    layer.submit(stream, batch)
+    layer.on_stream.sync(stream.handle, batch.out.address)
+    graph = stream.end_capture()
+    for _ in range(20):
+        layer.call(stream, Batch.of(4))
+        layer.submit(stream, other)
+        layer.on_stream.sync(stream.handle, other.out.address)
+        stream.fill(batch.out, 0)
+        stream.launch(graph)
+        stream.synchronize()
+        assert torch.equal(result(batch.out), layer.expected(4))
+        assert torch.equal(result(other.out), layer.expected(6))
+
+
+def test_calls_in_the_wrong_order(context: _ext.StreamContext, stream: Stream) -> None:
+    layer, batch = Layer(context, 7), Batch.of(2)
+    with pytest.raises(RuntimeError, match="layer 7: sync without submit"):
+        layer.on_stream.sync(stream.handle, batch.out.address)
+    layer.submit(stream, batch)
+    with pytest.raises(RuntimeError, match="layer 7: submit without sync"):
+        layer.submit(stream, batch)
+    layer.on_stream.sync(stream.handle, batch.out.address)
+    stream.synchronize()
+    assert torch.equal(result(batch.out), layer.expected(2))
+
+
+def test_a_failure_shows_in_the_output_and_in_every_later_call(
+    context: _ext.StreamContext, stream: Stream
+) -> None:
+    layer, other, batch = Layer(context, 3), Layer(context, 4), Batch.of(2)
+    batch.ids.numpy()[1, 0] = 99
+    layer.call(stream, batch)
+    stream.synchronize()
+    assert np.isnan(batch.out.numpy()).all()
+    assert "layer 3: " in context.failure
+    assert "99" in context.failure
+    with pytest.raises(RuntimeError, match=r"an earlier call failed: layer 3: .*99"):
+        other.submit(stream, batch)
+
+
+def test_what_cuda_refuses(context: _ext.StreamContext, stream: Stream) -> None:
+    layer, batch = Layer(context), Batch.of(2)
+    fake_cuda.library().fake_fail_next(1)
+    with pytest.raises(RuntimeError, match=r"cudaMemcpyAsync to the host failed: invalid argument"):
+        layer.submit(stream, batch)
+    layer.call(stream, batch)
+    stream.synchronize()
+    assert context.failure == ""
+
+
+def test_a_runtime_that_is_not_loaded() -> None:
+    with pytest.raises(RuntimeError, match=r"libnowhere\.so is not loaded"):
+        _ext.StreamContext("libnowhere.so")
+    with pytest.raises(RuntimeError, match="has no cudaMemcpyAsync"):
+        _ext.StreamContext("libc.so.6")
+
+
+def test_a_call_that_never_ends_is_ended(context: _ext.StreamContext, stream: Stream) -> None:
+    """A worker that hangs must not hang the stream: the wait ends and names the layer."""
+    layer, batch = Layer(context, 5), Batch.of(300)
+    os.environ["KT_TARGET"] = "scalar"
+    try:
+        slow = Layer(context, 6, "int4")
+    finally:
+        del os.environ["KT_TARGET"]
+    big = Batch.of(2000)
+    slow.submit(stream, big)
+    slow.on_stream.sync(stream.handle, big.out.address)
+    deadline = time.monotonic() + 30
+    while context.failure == "" and time.monotonic() < deadline:
+        context.end_overdue(0.001)
+    stream.synchronize()
+    assert "layer 6: not finished after 0.001 s" in context.failure
+    with pytest.raises(RuntimeError, match="layer 6"):
+        layer.submit(stream, batch)
+    # The workers are well: what was left of the call is over, and others run.
+    assert torch.equal(layer.expected(3), layer.expected(3))
+
+
+def test_many_calls(context: _ext.StreamContext, stream: Stream) -> None:
+    """Two layers in turn, sizes mixed; memory is reused, and every result is right."""
+    layers = [Layer(context, 0), Layer(context, 1)]
+    batches = [Batch.of(tokens) for tokens in (1, 2, 8, 3)]
+    want = [[layer.expected(batch.x.shape[0]) for batch in batches] for layer in layers]
+    outs = [[Array(batch.out.numpy()) for batch in batches] for _ in layers]
+    for _ in range(500):
+        for i, batch in enumerate(batches):
+            for j, layer in enumerate(layers):
+                layer.submit(stream, batch)
+                layer.on_stream.sync(stream.handle, outs[j][i].address)
+    stream.synchronize()
+    for found, wanted in zip(outs, want, strict=True):
+        for out, value in zip(found, wanted, strict=True):
+            assert torch.equal(result(out), value)
