@@ -8,7 +8,7 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo test test-fast numa-test amx-test amx-report ci lint types docs docs-check \
+.PHONY: compose-there help venv demo test test-fast sanitize numa-test amx-test amx-report ci lint types docs docs-check \
         bench lock download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu \
         down logs ps chat
 
@@ -107,11 +107,14 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 
 # ---- quality ---------------------------------------------------------------------------------------
 
-test: venv ## all tests
+test: venv ## all tests but those of make sanitize
 	$(BIN)/python -m pytest
 
 test-fast: venv ## tests that start no SGLang server, no containers and no virtual machine
-	$(BIN)/python -m pytest -m "not serve and not docker and not numa"
+	$(BIN)/python -m pytest -m "not serve and not docker and not numa and not sanitizer"
+
+sanitize: venv ## threads and CUDA stream calls under ThreadSanitizer and AddressSanitizer (five minutes)
+	$(BIN)/python -m pytest -m sanitizer tests/sanitizers
 
 numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs the package qemu-system-x86
 	@command -v qemu-system-x86_64 >/dev/null || \

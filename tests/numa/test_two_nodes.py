@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kt_kernel import packed
+from tests import native_program
 from tests.kt_kernel.files import write_random_layer
 
 ROOT = Path(__file__).parents[2]
@@ -39,27 +40,8 @@ TIMEOUT = 300
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """guest.cpp with the whole of csrc but the bindings, in one static program."""
-    folder = tmp_path_factory.mktemp("guest")
-    options = ["-std=c++20", "-O2", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
-    described = re.findall(
-        r'set_source_files_properties\((\S+) PROPERTIES\s+COMPILE_OPTIONS "([^"]+)"',
-        (ROOT / "CMakeLists.txt").read_text(),
-    )
-    of_target = {name: flags.split(";") for name, flags in described}
-    assert of_target, "CMakeLists.txt names no target's options"
-    objects = []
-    for source in [*sorted((ROOT / "csrc").rglob("*.cpp")), Path(__file__).with_name("guest.cpp")]:
-        name = source.relative_to(ROOT).as_posix()
-        if name.startswith("csrc/bindings/"):
-            continue
-        objects.append(folder / f"{name.replace('/', '-')}.o")
-        flags = of_target.get(name, [])
-        subprocess.run(
-            ["g++", *options, *flags, "-c", str(source), "-o", str(objects[-1])], check=True
-        )
-    path = folder / "guest"
-    subprocess.run(["g++", "-static", *map(str, objects), "-o", str(path)], check=True)
-    return path
+    main = Path(__file__).with_name("guest.cpp")
+    return native_program.build(main, tmp_path_factory.mktemp("guest"), ["-O2"], ["-static"])
 
 
 def archive(files: dict[str, Path]) -> bytes:

@@ -1,0 +1,48 @@
+"""Builds programs from the whole of csrc but the bindings, with options of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def target_options() -> dict[str, list[str]]:
+    """The options that CMakeLists.txt gives single files: those of their instruction sets."""
+    described = re.findall(
+        r'set_source_files_properties\((\S+) PROPERTIES\s+COMPILE_OPTIONS "([^"]+)"',
+        (ROOT / "CMakeLists.txt").read_text(),
+    )
+    assert described, "CMakeLists.txt names no target's options"
+    return {name: flags.split(";") for name, flags in described}
+
+
+def build(main: Path, folder: Path, options: Sequence[str], link: Sequence[str]) -> Path:
+    """Compile ``main`` with csrc into ``folder``; ``options`` are for all files.
+
+    Returns:
+        Path of the program, named as ``main``.
+    """
+    of_target = target_options()
+    compiler = ["g++", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *options]
+
+    def compile_object(source: Path) -> Path:
+        name = source.relative_to(ROOT).as_posix()
+        out = folder / f"{name.replace('/', '-')}.o"
+        flags = of_target.get(name, [])
+        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+        return out
+
+    sources = [
+        path for path in sorted((ROOT / "csrc").rglob("*.cpp")) if path.parent.name != "bindings"
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compile_object, [*sources, main]))
+    program = folder / main.stem
+    subprocess.run(["g++", *map(str, objects), *link, "-o", str(program)], check=True)
+    return program

@@ -1,0 +1,193 @@
+// The threads of the engine and of stream calls under load, for ThreadSanitizer and
+// AddressSanitizer: calls from several threads at once, calls on a stream, graphs replayed, calls
+// that fail, calls that are given up. Prints "done" when every result was right.
+//
+//   stress FAKE_RUNTIME CALLS
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "base/error.h"
+#include "moe/layer.h"
+#include "numa/topology.h"
+#include "stream/stream_layer.h"
+#include "targets/dispatch.h"
+
+// tests/stream/fake_runtime.cpp
+extern "C" {
+void* fake_malloc(size_t bytes);
+void* fake_stream();
+void fake_synchronize(void* stream);
+void fake_destroy(void* stream);
+void fake_begin_capture(void* stream);
+void* fake_end_capture(void* stream);
+void fake_launch(void* stream, void* graph);
+}
+
+namespace {
+
+constexpr int64_t kExperts = 4, kTopK = 2, kHidden = 64, kIntermediate = 128;
+
+uint32_t random_bits(uint32_t& state) { return state = state * 1664525 + 1013904223; }
+
+std::vector<float> random_floats(size_t count, uint32_t seed) {
+  std::vector<float> values(count);
+  for (float& value : values) value = static_cast<float>(random_bits(seed) >> 8) * 0x1p-23f - 1.0f;
+  return values;
+}
+
+struct Inputs {
+  explicit Inputs(int64_t count, uint32_t seed = 1)
+      : tokens(count),
+        x(random_floats(static_cast<size_t>(count * kHidden), seed)),
+        weights(random_floats(static_cast<size_t>(count * kTopK), seed + 1)) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int32_t id : {static_cast<int32_t>(i % kExperts), int32_t((i + 1) % kExperts)})
+        ids.push_back(id);
+  }
+  int64_t tokens;
+  std::vector<float> x, weights;
+  std::vector<int32_t> ids;
+};
+
+const std::vector<uint8_t> kOnGpu(kExperts, 0);
+
+std::vector<float> call(kt::Layer& layer, const Inputs& in) {
+  std::vector<float> out(in.x.size());
+  const auto job = layer.submit(in.x.data(), kt::ActivationDtype::kFp32, in.tokens, in.ids.data(),
+                                in.weights.data(), kOnGpu.data(), out.data());
+  kt::WorkerPool::wait(*job);
+  return out;
+}
+
+void expect(bool holds, const char* what) {
+  if (!holds) {
+    std::printf("failed: %s\n", what);
+    std::exit(1);
+  }
+}
+
+template <class T>
+T* to_device(const std::vector<T>& values) {
+  void* const memory = fake_malloc(values.size() * sizeof(T));
+  std::memcpy(memory, values.data(), values.size() * sizeof(T));
+  return static_cast<T*>(memory);
+}
+
+struct OnDevice {
+  explicit OnDevice(const Inputs& in)
+      : tokens(in.tokens),
+        x(to_device(in.x)),
+        weights(to_device(in.weights)),
+        ids(to_device(in.ids)),
+        out(to_device(in.x)) {}
+  void submit(kt::StreamLayer& layer, void* stream) const {
+    layer.submit(stream, x, kt::ActivationDtype::kFp32, tokens, ids, weights, kOnGpu.data());
+    layer.sync(stream, out);
+  }
+  bool holds(const std::vector<float>& want) const {
+    return std::memcmp(out, want.data(), want.size() * sizeof(float)) == 0;
+  }
+  int64_t tokens;
+  float *x, *weights;
+  int32_t* ids;
+  float* out;
+};
+
+void run(const std::string& library, int calls) {
+  const auto engine = std::make_shared<kt::Engine>(kt::choose_cpus(kt::allowed_cpus(), 2, 1), 2,
+                                                   kt::find_target("scalar"));
+  std::vector<std::shared_ptr<kt::Layer>> layers;
+  const std::vector<float> weights =
+      random_floats(static_cast<size_t>(kExperts * kHidden * kIntermediate), 7);
+  for (int i = 0; i < 2; ++i) {
+    layers.push_back(std::make_shared<kt::Layer>(
+        kt::LayerConfig{kExperts, kTopK, kHidden, kIntermediate, kt::Method::kInt8}, engine));
+    kt::SourceMatrix up{weights.data(), kt::SourceDtype::kFp32, nullptr, kIntermediate, kHidden};
+    kt::SourceMatrix down{weights.data(), kt::SourceDtype::kFp32, nullptr, kHidden, kIntermediate};
+    layers.back()->load_matrices({up, up, down}, {0, 1, 2, 3});
+  }
+  std::vector<Inputs> inputs;
+  std::vector<std::vector<float>> want;
+  for (int64_t tokens : {1, 3, 8, 20}) {
+    inputs.emplace_back(tokens);
+    want.push_back(call(*layers[0], inputs.back()));
+  }
+
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < 3; ++i)
+    threads.emplace_back([&, i] {
+      for (int n = 0; n < calls / 50; ++n) {
+        const size_t which = (i + static_cast<size_t>(n)) % inputs.size();
+        expect(call(*layers[i % 2], inputs[which]) == want[which], "calls from several threads");
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+
+  const auto context = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
+  kt::StreamLayer first(context, layers[0], 0), second(context, layers[1], 1);
+  void* const stream = fake_stream();
+  std::vector<OnDevice> batches(inputs.begin(), inputs.end());
+  std::atomic<bool> stop{false};
+  std::thread watch([&] {
+    while (!stop) context->end_overdue(std::chrono::minutes(1));
+  });
+  for (int n = 0; n < calls / 2; ++n) {
+    const OnDevice& batch = batches[static_cast<size_t>(n) % batches.size()];
+    batch.submit(first, stream);
+    batch.submit(second, stream);
+    if (n % 64 == 0) fake_synchronize(stream);
+  }
+  fake_synchronize(stream);
+  for (size_t i = 0; i < batches.size(); ++i) expect(batches[i].holds(want[i]), "stream calls");
+
+  fake_begin_capture(stream);
+  for (int n = 0; n < 30; ++n) {
+    batches[1].submit(first, stream);
+    batches[1].submit(second, stream);
+  }
+  void* const graph = fake_end_capture(stream);
+  for (int n = 0; n < calls / 600; ++n) fake_launch(stream, graph);
+  fake_synchronize(stream);
+  expect(batches[1].holds(want[1]), "replayed calls");
+  stop = true;
+  watch.join();
+  expect(context->failure().empty(), context->failure().c_str());
+
+  // Given up while the workers are at it, and ids that are none.
+  std::thread impatient([&] {
+    while (context->failure().empty()) context->end_overdue(std::chrono::milliseconds(0));
+  });
+  try {
+    while (context->failure().empty()) batches[3].submit(first, stream);
+  } catch (const std::runtime_error&) {
+  }
+  impatient.join();
+  fake_synchronize(stream);
+  engine->pool.drain();
+  const auto other = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
+  kt::StreamLayer third(other, layers[0], 0);
+  batches[0].ids[0] = 99;
+  batches[0].submit(third, stream);
+  fake_synchronize(stream);
+  expect(!other->failure().empty(), "a bad expert id was not found");
+  fake_destroy(stream);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  try {
+    run(argv[1], std::atoi(argv[2]));
+  } catch (const std::exception& error) {
+    std::printf("failed: %s\n", error.what());
+    return 1;
+  }
+  std::printf("done\n");
+  return 0;
+}
