@@ -2,10 +2,10 @@
 
     python -m benchmarks.format_error
 
-Error is mean|o - ref| / mean|ref| of the expert's output over 64 Gaussian tokens. "Per row" is the
-scheme with one scale for each output row and 15 linear levels, for comparison; activations stay in
-float there, so its column flatters it. The last column is the relative Frobenius error of the
-weights themselves.
+Error is mean|o - ref| / mean|ref| of the expert's output over 64 Gaussian tokens; with outliers,
+four channels of the tokens are fifty times as large. "Per row" is the scheme with one scale for
+each output row and 15 linear levels, for comparison; activations stay in float there, so its column
+flatters it. The last column is the relative Frobenius error of the weights themselves.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ import torch
 from kt_kernel import KTMoEWrapper, _ext, packed
 
 HIDDEN, INTERMEDIATE, TOKENS = 7168, 2048, 64
+#: Of the tokens, in the rows "outliers".
+OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 50
+KINDS = (
+    *("gaussian", "gaussian fp8", "student-t5", "student-t5 fp8", "laplace"),
+    "gaussian, outliers",
+)
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -82,11 +88,13 @@ def kernel_output(weights: Weights, x: torch.Tensor, method: str) -> torch.Tenso
 def main() -> None:
     print("| weights | scheme | bits/weight | error of the expert | error of the weights |")
     print("|---|---|---|---|---|")
-    for kind in ("gaussian", "gaussian fp8", "student-t5", "student-t5 fp8", "laplace"):
+    for kind in KINDS:
         rng = np.random.default_rng(11)
         gate, up = (draw(kind, INTERMEDIATE, HIDDEN, rng) for _ in range(2))
         weights = (gate, up, draw(kind, HIDDEN, INTERMEDIATE, rng))
         x = torch.from_numpy(rng.standard_normal((TOKENS, HIDDEN)).astype(np.float32))
+        if kind.endswith("outliers"):
+            x[:, rng.choice(HIDDEN, OUTLIER_CHANNELS, replace=False)] *= OUTLIER_FACTOR
         exact = expert(weights, x)
 
         def row(name: str, bits: float, output: torch.Tensor, packed_weight: torch.Tensor) -> None:

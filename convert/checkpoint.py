@@ -7,6 +7,7 @@ does not stay in this process's resident memory.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -197,6 +198,20 @@ class Checkpoint:
     def position(self, name: str) -> tuple[str, int]:
         """(shard, byte offset) of a tensor: reading in this order is reading sequentially."""
         return self._weight_map[name], self.entry(name).begin
+
+    def fetch(self, name: str) -> None:
+        """Let the kernel begin to read a tensor that is wanted soon."""
+        entry = self.entry(name)
+        with contextlib.suppress(OSError):  # advice only: reading says what is wrong
+            fd = self._file(self._weight_map[name])
+            os.posix_fadvise(fd, entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED)
+
+    def drop(self, name: str) -> None:
+        """Let the kernel forget a tensor: the page cache is wanted for what comes next."""
+        entry = self.entry(name)
+        with contextlib.suppress(OSError):
+            fd = self._file(self._weight_map[name])
+            os.posix_fadvise(fd, entry.begin, entry.end - entry.begin, os.POSIX_FADV_DONTNEED)
 
     def read(self, name: str) -> np.ndarray:
         """Raw bits of a tensor, of the type in ``RAW_BITS``.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convert import preflight, quantize, verify
-from convert.checkpoint import Checkpoint, ExpertProjection
+from convert.checkpoint import Checkpoint
 from convert.manifest import Identity, LayerRecord, Manifest, changed_files
 from convert.model_config import read_json
 from convert.output import OutputDirectory
@@ -342,11 +342,20 @@ class _Conversion:
             if layout.has_tables:
                 writer.write_tensor("tables", _ext.int4_tables(method))
 
-            def convert(item: ExpertProjection) -> None:
-                quantize.convert_projection(checkpoint, item, input_type, method, writer, digest)
+            def fetch(place: int) -> None:
+                for name in items[place].tensors(input_type) if place < len(items) else ():
+                    checkpoint.fetch(name)
+
+            def convert(place: int) -> None:
+                fetch(place + self.options.threads)  # while this one is quantised
+                quantize.convert_projection(
+                    checkpoint, items[place], input_type, method, writer, digest
+                )
+                for name in items[place].tensors(input_type):
+                    checkpoint.drop(name)
                 self.progress.step()
 
-            tasks = [functools.partial(convert, item) for item in items]
+            tasks = [functools.partial(convert, place) for place in range(len(items))]
             run_all(self.pool, tasks, self.stop)
             writer.seal(self.pool, self.stop, digest.by_shard())
             record = self._prove(writer.temporary, layer_idx)

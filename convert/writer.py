@@ -163,7 +163,11 @@ class LayerWriter:
             self._missing.remove((name, expert))
         raw = np.ascontiguousarray(values).data.cast("B")
         with named_write_errors(self.final):
-            write_fully(self._fd, raw, self._begins[name] + offset)
+            begin = self._begins[name] + offset
+            write_fully(self._fd, raw, begin)
+        with contextlib.suppress(OSError):
+            # Linux begins to write what is dirty, so that the flush at the end finds little left.
+            os.posix_fadvise(self._fd, begin, len(raw), os.POSIX_FADV_DONTNEED)
 
     def seal(
         self, pool: ThreadPoolExecutor, stop: StopRequest, source: dict[str, str] | None = None

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from learn_tables import BLOCK_K, BLOCK_ROWS, round_fp8, sample_rows
+from learn_tables import BLOCK_K, BLOCK_ROWS, normalised_blocks, round_fp8, sample_rows
 
 SPREADS, CRESTS, CANDIDATES = 9, 4, 64
 BLOCKS_PER_KIND = 60_000
@@ -45,11 +45,9 @@ def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
                     w = sample_rows(rng, kind, k, rows)
                 if fp8:
                     w = round_fp8(w)
-                x = w * (127 / np.abs(w).max(axis=1, keepdims=True))
-                variance = (x**2).mean(axis=1).reshape(-1, BLOCK_ROWS).mean(axis=1)
-                x = x.reshape(rows // BLOCK_ROWS, BLOCK_ROWS, k // BLOCK_K, BLOCK_K)
-                blocks.append(x.swapaxes(1, 2).reshape(-1, BLOCK_ROWS * BLOCK_K))
-                weights.append(np.repeat(1 / variance, k // BLOCK_K))
+                block, weight = normalised_blocks(w)
+                blocks.append(block)
+                weights.append(weight)
     return np.concatenate(blocks), np.concatenate(weights).astype(np.float32)
 
 

@@ -41,6 +41,16 @@ def round_fp8(weights: np.ndarray) -> np.ndarray:
     return (np.round(x / step) * step * scale).reshape(rows, k)
 
 
+def normalised_blocks(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks [count, weights] of rows scaled to +-127, and the weight of each one's error."""
+    x = rows * (127 / np.abs(rows).max(axis=1, keepdims=True))
+    variance = (x**2).mean(axis=1).reshape(-1, BLOCK_ROWS).mean(axis=1)
+    n, k = x.shape
+    blocks = x.reshape(n // BLOCK_ROWS, BLOCK_ROWS, k // BLOCK_K, BLOCK_K)
+    weights = np.repeat(1 / variance, k // BLOCK_K)
+    return blocks.swapaxes(1, 2).reshape(-1, BLOCK_ROWS * BLOCK_K), weights
+
+
 def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Histograms [blocks, bins] of normalised blocks and each block's weight."""
     histograms, weights = [], []
@@ -51,15 +61,12 @@ def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
                 w = sample_rows(rng, kind, k, rows)
                 if fp8:
                     w = round_fp8(w)
-                x = w * (127 / np.abs(w).max(axis=1, keepdims=True))
-                variance = (x**2).mean(axis=1).reshape(-1, BLOCK_ROWS).mean(axis=1)
-                blocks = x.reshape(rows // BLOCK_ROWS, BLOCK_ROWS, k // BLOCK_K, BLOCK_K)
-                blocks = blocks.swapaxes(1, 2).reshape(-1, BLOCK_ROWS * BLOCK_K)
+                blocks, weight = normalised_blocks(w)
                 bins = np.rint((blocks + 127) * 4).astype(np.int64)
                 flat = (bins + np.arange(len(blocks))[:, None] * len(BINS)).ravel()
                 counts = np.bincount(flat, minlength=len(blocks) * len(BINS))
                 histograms.append(counts.reshape(len(blocks), len(BINS)).astype(np.float32))
-                weights.append(np.repeat(1 / variance, k // BLOCK_K))
+                weights.append(weight)
     return np.concatenate(histograms), np.concatenate(weights).astype(np.float32)
 
 

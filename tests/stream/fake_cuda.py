@@ -62,6 +62,13 @@ class Stream:
             self._pointer, ctypes.c_void_p(to.address), byte, ctypes.c_size_t(to.numpy().nbytes)
         )
 
+    def hold(self) -> None:
+        """Let nothing after this run until ``release``."""
+        library().fake_hold(self._pointer)
+
+    def release(self) -> None:
+        library().fake_release()
+
     def begin_capture(self) -> None:
         library().fake_begin_capture(self._pointer)
 

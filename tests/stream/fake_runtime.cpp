@@ -43,6 +43,7 @@ std::map<const uint8_t*, std::pair<size_t, Kind>> blocks;
 std::atomic<int> capturing{0};
 std::atomic<int> longest_delay_us{0};
 std::atomic<int> failing_calls{0};
+std::atomic<bool> held{false};
 thread_local int capture_mode = kModeGlobal;
 thread_local bool in_host_function = false;
 
@@ -197,6 +198,16 @@ void* fake_end_capture(void* handle) {
 
 void fake_launch(void* handle, void* graph) {
   for (const Step& step : *static_cast<Graph*>(graph)) add(handle, step);
+}
+
+// Stops a stream at this point until it is released.
+void fake_hold(void* stream) {
+  held = true;
+  add(stream, [] { held.wait(true); });
+}
+void fake_release() {
+  held = false;
+  held.notify_all();
 }
 
 void fake_set_delay(int microseconds) { longest_delay_us = microseconds; }
