@@ -9,8 +9,10 @@ in the work folder, and a second run uses it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,8 +24,10 @@ from pathlib import Path
 
 import httpx
 
+from convert.quantize import quantizer_settings
 from examples.tiny.hub import Hub
 from examples.tiny.make_checkpoint import make_checkpoint
+from kt_kernel.packed import MANIFEST_NAME
 
 REPO_ID = "deepseek-ai/DeepSeek-V3.2-tiny"
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "entrypoint.py"
@@ -145,6 +149,20 @@ def what_ran(log: Path, weights: Path) -> str:
     )
 
 
+def remove_outdated(weights: Path) -> None:
+    """Remove what an earlier version's quantiser made of the demo, which convert would refuse."""
+    manifest = weights / MANIFEST_NAME
+    if not manifest.is_file():
+        return
+    try:
+        made_with = json.loads(manifest.read_text())["quantizer"]
+    except (ValueError, KeyError, TypeError):
+        made_with = None
+    if made_with != quantizer_settings("int4"):
+        print(f"{weights} is of another version: making it again", flush=True)
+        shutil.rmtree(weights)
+
+
 def run(work: Path) -> None:
     """All stages in order.
 
@@ -158,6 +176,7 @@ def run(work: Path) -> None:
     with Hub(work / "hub") as hub:
         environment = settings(work, hub.endpoint, free_port())
         stage("download", environment)
+    remove_outdated(Path(environment["KT_WEIGHT_PATH"]))
     stage("convert", environment)
     log = work / "logs" / "serve.log"
     say(f"python entrypoint.py serve   (log: {log})")
