@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -18,7 +17,7 @@ from convert.pipeline import Options, chosen_layers, identify, shown_layers
 from convert.preflight import gigabytes
 from convert.source_digest import read_source_digest
 from convert.workers import StopRequest, worker_pool
-from convert.writer import hash_range
+from convert.writer import hash_file
 from kt_kernel.errors import UserError
 from kt_kernel.packed import (
     FORMAT_NAME,
@@ -122,13 +121,10 @@ class _Audit:
         if header.file_size != record.bytes:
             raise UserError(f"{path} has {header.file_size} bytes, expected {record.bytes}")
         check_layer_header(header, self.layout, layer_idx)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            sha256 = hash_range(fd, 0, header.file_size, self.stop)
+            sha256 = hash_file(path, self.stop)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        finally:
-            os.close(fd)
         if sha256 != record.sha256:
             where = check_sums(header, self.stop) or f"{path}: its header"
             raise UserError(f"{where.removesuffix(' does not match its checksum')} has changed")

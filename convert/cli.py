@@ -45,6 +45,9 @@ def _count(text: str) -> int:
     return value
 
 
+_count.__name__ = "number"  # argparse names the type in its messages
+
+
 def _layers(text: str) -> tuple[int, int]:
     first, dash, last = text.partition("-")
     if not first.isdecimal() or (dash and not last.isdecimal()):
@@ -53,9 +56,6 @@ def _layers(text: str) -> tuple[int, int]:
     if bounds[0] > bounds[1]:
         raise argparse.ArgumentTypeError(f"is {text!r}, expected the smaller number first")
     return bounds
-
-
-_count.__name__ = "number"  # argparse names the type in its messages
 
 
 def build_parser() -> argparse.ArgumentParser:

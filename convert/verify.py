@@ -1,15 +1,14 @@
 """Proof that a written layer file holds what it should, before it gets its final name.
 
 The public safetensors library must agree about every tensor's shape and dtype, and the source is
-decoded here with numpy and not by the extension, so that the writer and the quantiser are checked
-against code that has no part in them.
+decoded with numpy and not by the extension, so that the writer and the quantiser are checked
+against code that has no part in them (but for INT4 sources, which both decode with decode.py).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from convert.model_config import FP8_BLOCK
 from convert.preflight import INPUT_DTYPES
 from convert.quantize import quantize_projection
 from convert.workers import StopRequest, run_all
-from convert.writer import CHECKSUMS_KEY, RAW_TYPES, hash_range
+from convert.writer import CHECKSUMS_KEY, RAW_TYPES, hash_file
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
 from kt_kernel.packed import PROJECTIONS, Header, PackedLayout, check_layer_header, read_header
@@ -106,17 +105,14 @@ def verify_layer_file(
     check_with_safetensors(path, layout, layer_idx)
     digests: list[str] = []
 
-    def hash_file() -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    def read_back() -> None:
         try:
-            digests.append(hash_range(fd, 0, os.fstat(fd).st_size, stop))
+            digests.append(hash_file(path, stop))
         except OSError as error:
             raise UserError(f"cannot read {path} back: {error.strerror}") from None
-        finally:
-            os.close(fd)
 
     errors = check_sample(
-        path, layer_idx, layout, checkpoint, input_type, pool, stop, beside=[hash_file]
+        path, layer_idx, layout, checkpoint, input_type, pool, stop, beside=[read_back]
     )
     return digests[0], errors
 

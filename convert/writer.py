@@ -89,6 +89,12 @@ def hash_range(fd: int, begin: int, end: int, stop: StopRequest) -> str:
     return digest.hexdigest()
 
 
+def hash_file(path: Path, stop: StopRequest) -> str:
+    """SHA-256 of a whole file; raises as :func:`hash_range`."""
+    with path.open("rb") as file:
+        return hash_range(file.fileno(), 0, os.fstat(file.fileno()).st_size, stop)
+
+
 class LayerWriter:
     """Context manager around ``<final name>.tmp``; leaving it unpublished removes the file.
 

@@ -351,20 +351,10 @@ class KTMoEWrapper:
     def _submit(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> _Pending:
-        x = hidden_states.contiguous()
-        ids = topk_ids.to(torch.int32).contiguous()
-        weights = topk_weights.contiguous()
+        x, ids, weights = _contiguous(hidden_states, topk_ids, topk_weights)
         output = self._output_like(x)
         try:
-            job = self._layer.submit(
-                x.data_ptr(),
-                _ACTIVATION_DTYPES[x.dtype],
-                x.shape[0],
-                ids.data_ptr(),
-                weights.data_ptr(),
-                self.gpu_experts_mask.data_ptr(),
-                output.data_ptr(),
-            )
+            job = self._layer.submit(*self._inputs(x, ids, weights), output.data_ptr())
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
         return _Pending(job, output)
@@ -375,12 +365,16 @@ class KTMoEWrapper:
         """Put the call on the stream being captured; nothing runs before the graph's replay."""
         if self._on_stream is None:
             self._on_stream = _ext.StreamLayer(stream_context(), self._layer, self.layer_idx)
-        # Copies that these make are freed here, but reused only by what comes later on the stream.
-        x = hidden_states.contiguous()
-        ids = topk_ids.to(torch.int32).contiguous()
-        weights = topk_weights.contiguous()
-        self._on_stream.submit(
-            _current_stream(x),
+        # Copies that this makes are freed here, but reused only by what comes later on the stream.
+        x, ids, weights = _contiguous(hidden_states, topk_ids, topk_weights)
+        self._on_stream.submit(_current_stream(x), *self._inputs(x, ids, weights))
+        return _CapturedCall(x)
+
+    def _inputs(
+        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[int, str, int, int, int, int]:
+        """A call's inputs as the extension takes them."""
+        return (
             x.data_ptr(),
             _ACTIVATION_DTYPES[x.dtype],
             x.shape[0],
@@ -388,7 +382,6 @@ class KTMoEWrapper:
             weights.data_ptr(),
             self.gpu_experts_mask.data_ptr(),
         )
-        return _CapturedCall(x)
 
     def _output_like(self, x: torch.Tensor) -> torch.Tensor:
         if x.nbytes < _REUSED_OUTPUT_BYTES:
@@ -437,6 +430,14 @@ def _check_tensor(
             f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "
             f"{' or '.join(str(d) for d in dtypes)} {list(shape)}"
         )
+
+
+def _contiguous(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors themselves where they are as the extension wants them, else copies."""
+    ids = topk_ids.to(torch.int32).contiguous()
+    return hidden_states.contiguous(), ids, topk_weights.contiguous()
 
 
 def _current_stream(tensor: torch.Tensor) -> int:

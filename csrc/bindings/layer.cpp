@@ -6,8 +6,8 @@
 #include <optional>
 
 #include "base/error.h"
-#include "bindings/bindings.h"
 #include "bindings/arguments.h"
+#include "bindings/bindings.h"
 #include "targets/dispatch.h"
 
 namespace py = pybind11;

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "base/error.h"
-#include "bindings/bindings.h"
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "targets/dispatch.h"

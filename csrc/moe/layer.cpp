@@ -180,9 +180,9 @@ void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
   finish(source);
 }
 
-std::shared_ptr<LayerJob> Layer::queue(const void* x, ActivationDtype dtype, int64_t tokens,
-                                       const int32_t* ids, const float* weights,
-                                       const uint8_t* on_gpu, void* out) {
+std::shared_ptr<LayerJob> Layer::submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
+                                             const int32_t* ids, const float* weights,
+                                             const uint8_t* on_gpu, void* out) {
   if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
   auto job =
       std::make_shared<LayerJob>(*this, *engine_, x, dtype, tokens, ids, weights, on_gpu, out);
@@ -193,15 +193,9 @@ std::shared_ptr<LayerJob> Layer::queue(const void* x, ActivationDtype dtype, int
 std::shared_ptr<Job> Layer::submit(const void* x, ActivationDtype dtype, int64_t tokens,
                                    const int32_t* ids, const float* weights, const uint8_t* on_gpu,
                                    void* out) {
-  auto job = queue(x, dtype, tokens, ids, weights, on_gpu, out);
+  auto job = submit_kept(x, dtype, tokens, ids, weights, on_gpu, out);
   job->wait_for_inputs();
   return job;
-}
-
-std::shared_ptr<Job> Layer::submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
-                                        const int32_t* ids, const float* weights,
-                                        const uint8_t* on_gpu, void* out) {
-  return queue(x, dtype, tokens, ids, weights, on_gpu, out);
 }
 
 }  // namespace kt

@@ -57,14 +57,11 @@ class Layer {
                               const int32_t* ids, const float* weights, const uint8_t* on_gpu,
                               void* out);
   // The same for inputs that stay until the job has ended: nothing is waited for.
-  std::shared_ptr<Job> submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
-                                   const int32_t* ids, const float* weights, const uint8_t* on_gpu,
-                                   void* out);
+  std::shared_ptr<LayerJob> submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
+                                        const int32_t* ids, const float* weights,
+                                        const uint8_t* on_gpu, void* out);
 
  private:
-  std::shared_ptr<LayerJob> queue(const void* x, ActivationDtype dtype, int64_t tokens,
-                                  const int32_t* ids, const float* weights, const uint8_t* on_gpu,
-                                  void* out);
   // Before and after the weights are written.
   void prepare(const int8_t* tables, const std::vector<int64_t>& source);
   void finish(const std::vector<int64_t>& source);

@@ -5,6 +5,7 @@
 #include <exception>
 
 #include "base/error.h"
+#include "moe/layer_job.h"
 
 namespace kt {
 namespace {

@@ -90,8 +90,8 @@ struct Kernels {
   // q has room for k activations and the tail.
   void (*quantize_f32)(const float* x, int64_t k, uint8_t* q, RowScale* scale);
   void (*quantize_bf16)(const uint16_t* x, int64_t k, uint8_t* q, RowScale* scale);
-  void (*gate_up[3])(const GateUpTask&);  // by Method (layout.h)
-  void (*down[3])(const DownTask&);
+  void (*gate_up[kNumMethods])(const GateUpTask&);  // by Method (layout.h)
+  void (*down[kNumMethods])(const DownTask&);
   void (*store_bf16)(const float* x, int64_t n, uint16_t* out);  // round to nearest even
   QuantizeKernels quantize;
 };
