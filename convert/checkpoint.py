@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -252,32 +253,31 @@ class Checkpoint:
         header of every shard.
         """
         digest = hashlib.sha256()
-
-        def add(label: str, content: bytes) -> None:
+        for name, size, content in self._identifying_parts():
+            label = name if size is None else f"{name}\0{size}"
             # With its length, so that no two different lists of parts are the same byte string.
             digest.update(f"{label}\0{len(content)}\0".encode())
             digest.update(content)
-
-        add(CONFIG_NAME, self.config_path.read_bytes())
-        if self.index_path.exists():
-            add(INDEX_NAME, self.index_path.read_bytes())
-        for shard in self.shards:
-            header = self._headers[shard]
-            with (self.path / shard).open("rb") as file:
-                add(f"{shard}\0{header.file_size}", file.read(header.data_start))
         return digest.hexdigest()
 
     def file_digests(self) -> dict[str, str]:
         """File -> SHA-256 of what :meth:`fingerprint` covers of it, to name those that differ."""
-        digests = {CONFIG_NAME: hashlib.sha256(self.config_path.read_bytes()).hexdigest()}
+        return {
+            name: hashlib.sha256(
+                content + (b"" if size is None else str(size).encode())
+            ).hexdigest()
+            for name, size, content in self._identifying_parts()
+        }
+
+    def _identifying_parts(self) -> Iterator[tuple[str, int | None, bytes]]:
+        """Name of each file, its size if it is a shard, and its bytes, of a shard the header's."""
+        yield CONFIG_NAME, None, self.config_path.read_bytes()
         if self.index_path.exists():
-            digests[INDEX_NAME] = hashlib.sha256(self.index_path.read_bytes()).hexdigest()
+            yield INDEX_NAME, None, self.index_path.read_bytes()
         for shard in self.shards:
             header = self._headers[shard]
             with (self.path / shard).open("rb") as file:
-                content = file.read(header.data_start) + str(header.file_size).encode()
-            digests[shard] = hashlib.sha256(content).hexdigest()
-        return digests
+                yield shard, header.file_size, file.read(header.data_start)
 
     def layer_tensors(self, layer_idx: int, input_type: str) -> dict[str, list[str]]:
         """Shard -> the tensors of a layer's routed experts that it holds, in file order."""
