@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ import numpy as np
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.machine import describe
-from kt_kernel.packed import METHODS
+from kt_kernel.packed import METHODS, TensorSpec, header_bytes
 
 HIDDEN, INTERMEDIATE, BLOCK = 7168, 2048, 128
 SHARD_EXPERTS = 32
@@ -134,16 +133,15 @@ def _generate(folder: Path, experts: int) -> float:
     seconds = 0.0
     for first in range(0, experts, SHARD_EXPERTS):
         shard = f"model-{first:05d}.safetensors"
-        tensors: dict[str, tuple[str, tuple[int, int], int]] = {}
+        tensors: dict[str, TensorSpec] = {}
         for expert in range(first, min(first + SHARD_EXPERTS, experts)):
             for projection, (n, k) in MATRICES.items():
                 name = f"model.layers.0.mlp.experts.{expert}.{projection}_proj.weight"
-                tensors[name] = ("F8_E4M3", (n, k), n * k)
-                blocks = (n // BLOCK, k // BLOCK)
-                tensors[f"{name}_scale_inv"] = ("F32", blocks, blocks[0] * blocks[1] * 4)
+                tensors[name] = TensorSpec("F8_E4M3", (n, k))
+                tensors[f"{name}_scale_inv"] = TensorSpec("F32", (n // BLOCK, k // BLOCK))
         weight_map |= dict.fromkeys(tensors, shard)
         with (folder / shard).open("wb", buffering=0) as file:
-            for data in (_header(tensors), *_contents(tensors, base, rng)):
+            for data in (header_bytes(tensors, {}), *_contents(tensors, base, rng)):
                 started = time.monotonic()
                 view = memoryview(data)
                 while view:
@@ -156,32 +154,18 @@ def _generate(folder: Path, experts: int) -> float:
     return seconds
 
 
-def _header(tensors: dict[str, tuple[str, tuple[int, int], int]]) -> bytes:
-    described, offset = {}, 0
-    for name, (dtype, shape, size) in tensors.items():
-        described[name] = {
-            "dtype": dtype,
-            "shape": shape,
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(described).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _contents(
-    tensors: dict[str, tuple[str, tuple[int, int], int]],
+    tensors: dict[str, TensorSpec],
     base: np.ndarray,
     rng: np.random.Generator,
 ) -> Iterator[bytes]:
     """The same random rows from another place on, with other scales: no two matrices are equal."""
-    for dtype, _, size in tensors.values():
-        if dtype == "F32":
-            yield rng.uniform(1e-4, 3e-4, size // 4).astype(np.float32).tobytes()
+    for spec in tensors.values():
+        if spec.dtype == "F32":
+            yield rng.uniform(1e-4, 3e-4, spec.nbytes // 4).astype(np.float32).tobytes()
         else:
             shifted = np.roll(base, int(rng.integers(base.size)))
-            yield np.resize(shifted, size).tobytes()
+            yield np.resize(shifted, spec.nbytes).tobytes()
 
 
 def _drop_caches(paths: Sequence[Path]) -> None:

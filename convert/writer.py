@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from convert.durable import named_write_errors, sync_directory, write_fully
 from convert.workers import StopRequest, run_all
-from kt_kernel.packed import DATA_ALIGNMENT, PackedLayout
+from kt_kernel.packed import PackedLayout, header_bytes
 
 TEMPORARY_SUFFIX = ".tmp"
 #: Metadata key of the checksums: JSON, tensor name -> SHA-256 of the tensor's bytes.
@@ -38,35 +37,18 @@ _CHUNK = 8 << 20
 RAW_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
 
 
-def header_bytes(
+def layer_header(
     layout: PackedLayout, metadata: dict[str, str], checksums: dict[str, str]
 ) -> bytes:
-    """The file's bytes before the tensor data: size prefix and padded JSON.
-
-    Padded with spaces, which the format allows, so that the data starts at a multiple of
-    ``DATA_ALIGNMENT`` bytes. The length does not depend on the values of the checksums.
-    """
-    described: dict[str, object] = {
-        "__metadata__": {**metadata, CHECKSUMS_KEY: json.dumps(checksums)}
-    }
-    offset = 0
-    for name, spec in layout.tensors().items():
-        described[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(described, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text
+    """The file's bytes before the tensor data; their number does not depend on the checksums."""
+    return header_bytes(layout.tensors(), {**metadata, CHECKSUMS_KEY: json.dumps(checksums)})
 
 
 def file_bytes(layout: PackedLayout, metadata: dict[str, str]) -> int:
     """Size in bytes of the layer file."""
     blank = dict.fromkeys(layout.tensors(), BLANK_DIGEST)
     data = sum(spec.nbytes for spec in layout.tensors().values())
-    return len(header_bytes(layout, metadata, blank)) + data
+    return len(layer_header(layout, metadata, blank)) + data
 
 
 def hash_range(fd: int, begin: int, end: int, stop: StopRequest) -> str:
@@ -202,7 +184,7 @@ class LayerWriter:
             metadata = dict(self._metadata)
             if source is not None:
                 metadata[SOURCE_KEY] = json.dumps(source)
-            header = header_bytes(self._layout, metadata, checksums)
+            header = layer_header(self._layout, metadata, checksums)
             if len(header) != self.size - sum(spec.nbytes for spec in self._specs.values()):
                 raise RuntimeError(f"{self.final}: the digests {source} are not those announced")
             write_fully(self._fd, memoryview(header), 0)

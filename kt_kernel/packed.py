@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +38,12 @@ NUM_TABLES = 256
 TABLE_LEVELS = 16
 DATA_ALIGNMENT = 64  # bytes; a cache line, so that panels never straddle one
 
-_DTYPE_BYTES = {"U8": 1, "I8": 1, "BF16": 2}
+_DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Safetensors dtype name and shape of one tensor of a layer file."""
+    """Safetensors dtype name and shape of one tensor of a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -146,6 +147,26 @@ class PackedLayout:
 def layer_file_name(layer_idx: int) -> str:
     """File name of a layer, ``layer-003.safetensors`` for layer 3."""
     return f"layer-{layer_idx:03d}.safetensors"
+
+
+def header_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file's bytes before the data of these tensors, which follow in their order.
+
+    Size prefix and JSON, padded with spaces, which the format allows, so that the data starts at a
+    multiple of ``DATA_ALIGNMENT`` bytes.
+    """
+    described: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, spec in tensors.items():
+        described[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
 
 
 @dataclass(frozen=True)

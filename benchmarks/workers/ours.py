@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -80,14 +79,8 @@ def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
     wanted = [(projection, index) for projection in PROJECTIONS for index in range(job.num_sources)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         parts = dict(zip(wanted, pool.map(lambda key: pack(*key), wanted), strict=True))
-    entries, begin = {}, 0
-    for name, spec in layout.tensors().items():
-        span = [begin, begin + spec.nbytes]
-        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
-        begin += spec.nbytes
-    header = json.dumps({"__metadata__": layout.metadata(0), **entries}).encode()
     with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(packed.header_bytes(layout.tensors(), layout.metadata(0)))
         for name in layout.tensors():
             if name == "tables":
                 file.write(_ext.int4_tables(layout.method).tobytes())

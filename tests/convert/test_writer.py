@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from convert.workers import StopRequest
-from convert.writer import RAW_TYPES, LayerWriter, file_bytes, header_bytes
+from convert.writer import RAW_TYPES, LayerWriter, file_bytes, layer_header
 from kt_kernel.packed import PackedLayout
 from tests.convert.helpers import raw_bits
 
@@ -70,9 +70,9 @@ def test_header_length_does_not_depend_on_checksums() -> None:
     layout = PackedLayout(2, 128, 64, "int4")
     blank = dict.fromkeys(layout.tensors(), "0" * 64)
     real = {name: f"{number:064x}" for number, name in enumerate(layout.tensors())}
-    assert len(header_bytes(layout, {}, blank)) == len(header_bytes(layout, {}, real))
+    assert len(layer_header(layout, {}, blank)) == len(layer_header(layout, {}, real))
     data = sum(spec.nbytes for spec in layout.tensors().values())
-    assert file_bytes(layout, {}) == len(header_bytes(layout, {}, blank)) + data
+    assert file_bytes(layout, {}) == len(layer_header(layout, {}, blank)) + data
 
 
 def test_nothing_is_left_without_publish(tmp_path: Path, pool: ThreadPoolExecutor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -38,34 +37,23 @@ def write_layer(
     if layout.has_tables:
         tensors["tables"] = _ext.int4_tables(layout.method)
 
-    entries: dict[str, object] = {"__metadata__": layout.metadata(layer_idx) | (metadata or {})}
-    data = b""
-    for name, spec in layout.tensors().items():
-        if name == drop:
-            continue
-        shape = [int(np.prod(spec.shape))] if name == reshape else list(spec.shape)
-        content = tensors[name].tobytes()
-        span = [len(data), len(data) + len(content)]
-        entries[name] = {"dtype": spec.dtype, "shape": shape, "data_offsets": span}
-        data += content
-    header = json.dumps(entries).encode()
+    specs = {name: spec for name, spec in layout.tensors().items() if name != drop}
+    if reshape is not None:
+        spec = specs[reshape]
+        specs[reshape] = packed.TensorSpec(spec.dtype, (int(np.prod(spec.shape)),))
+    data = b"".join(tensors[name].tobytes() for name in specs)
+    header = packed.header_bytes(specs, layout.metadata(layer_idx) | (metadata or {}))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / packed.layer_file_name(layer_idx)
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    path.write_bytes(header + data)
     return path
 
 
 def write_random_layer(folder: Path, layout: PackedLayout) -> None:
     """The file of layer 0 with codes that stand for no weights: quick, where only bytes matter."""
     rng = np.random.default_rng(0)
-    entries, begin = {}, 0
-    for name, spec in layout.tensors().items():
-        span = [begin, begin + spec.nbytes]
-        entries[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
-        begin += spec.nbytes
-    header = json.dumps({"__metadata__": layout.metadata(0), **entries}).encode()
     with (folder / packed.layer_file_name(0)).open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(packed.header_bytes(layout.tensors(), layout.metadata(0)))
         for name, spec in layout.tensors().items():
             if name == "tables":
                 file.write(_ext.int4_tables(layout.method).tobytes())

@@ -75,11 +75,19 @@ class Layer:
             self.wrapper.gpu_experts_mask.data_ptr(),
         )
 
-    def call(self, stream: Stream, batch: Batch, out: Array | None = None) -> None:
+    def sync(self, stream: Stream, out: Array) -> None:
+        self.on_stream.sync(stream.handle, out.address)
+
+    def run(self, stream: Stream, batch: Batch) -> None:
+        """A whole call that leaves its inputs as they are."""
+        self.submit(stream, batch)
+        self.sync(stream, batch.out)
+
+    def call(self, stream: Stream, batch: Batch) -> None:
         """As SGLang calls: ids are masked in place, and x may be overwritten, before the sync."""
         self.submit(stream, batch)
         stream.fill(batch.ids, 0xFF)
-        self.on_stream.sync(stream.handle, (out or batch.out).address)
+        self.sync(stream, batch.out)
 
     def expected(self, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return self.wrapper.forward(*random_batch(SHAPE, tokens, seed=tokens, dtype=dtype), 0)
@@ -111,8 +119,7 @@ def test_nothing_waits(context: _ext.StreamContext, stream: Stream) -> None:
     layer, batch = Layer(context), Batch.of(3)
     stream.hold()
     for _ in range(5):
-        layer.submit(stream, batch)
-        layer.on_stream.sync(stream.handle, batch.out.address)
+        layer.run(stream, batch)
     assert not result(batch.out).any()
     stream.release()
     stream.synchronize()
@@ -156,13 +163,11 @@ def test_memory_of_a_graph_outlives_other_calls(
     """Calls of the same size on the same set of memory, captured or not, do not disturb it."""
     layer, batch, other = Layer(context), Batch.of(4), Batch.of(6)
     stream.begin_capture()
-    layer.submit(stream, batch)
-    layer.on_stream.sync(stream.handle, batch.out.address)
+    layer.run(stream, batch)
     graph = stream.end_capture()
     for _ in range(20):
         layer.call(stream, Batch.of(4))
-        layer.submit(stream, other)
-        layer.on_stream.sync(stream.handle, other.out.address)
+        layer.run(stream, other)
         stream.fill(batch.out, 0)
         stream.launch(graph)
         stream.synchronize()
@@ -173,11 +178,11 @@ def test_memory_of_a_graph_outlives_other_calls(
 def test_calls_in_the_wrong_order(context: _ext.StreamContext, stream: Stream) -> None:
     layer, batch = Layer(context, 7), Batch.of(2)
     with pytest.raises(RuntimeError, match="layer 7: sync without submit"):
-        layer.on_stream.sync(stream.handle, batch.out.address)
+        layer.sync(stream, batch.out)
     layer.submit(stream, batch)
     with pytest.raises(RuntimeError, match="layer 7: submit without sync"):
         layer.submit(stream, batch)
-    layer.on_stream.sync(stream.handle, batch.out.address)
+    layer.sync(stream, batch.out)
     stream.synchronize()
     assert torch.equal(result(batch.out), layer.expected(2))
 
@@ -222,8 +227,7 @@ def test_a_call_that_never_ends_is_ended(context: _ext.StreamContext, stream: St
     finally:
         del os.environ["KT_TARGET"]
     big = Batch.of(2000)
-    slow.submit(stream, big)
-    slow.on_stream.sync(stream.handle, big.out.address)
+    slow.run(stream, big)
     deadline = time.monotonic() + 30
     while context.failure == "" and time.monotonic() < deadline:
         context.end_overdue(0.001)
@@ -245,7 +249,7 @@ def test_many_calls(context: _ext.StreamContext, stream: Stream) -> None:
         for i, batch in enumerate(batches):
             for j, layer in enumerate(layers):
                 layer.submit(stream, batch)
-                layer.on_stream.sync(stream.handle, outs[j][i].address)
+                layer.sync(stream, outs[j][i])
     stream.synchronize()
     for found, wanted in zip(outs, want, strict=True):
         for out, value in zip(found, wanted, strict=True):
