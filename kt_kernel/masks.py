@@ -29,6 +29,6 @@ def generate_gpu_experts_masks(activation_freq: torch.Tensor, num_gpu_experts: i
         )
     flat = activation_freq.detach().to("cpu").reshape(-1)
     count = max(0, min(num_gpu_experts, flat.numel()))
-    mask = torch.zeros(flat.numel(), dtype=torch.bool)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device="cpu")
     mask[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
     return mask.reshape(activation_freq.shape)

@@ -419,7 +419,8 @@ def _gpu_mask(
         raise UserError(
             f"num_gpu_experts (--kt-num-gpu-experts) is {count}: expected 0 to {num_experts}"
         )
-    return torch.arange(num_experts) < count
+    # SGLang makes its layers under torch.device("cuda").
+    return torch.arange(num_experts, device="cpu") < count
 
 
 def _check_tensor(
@@ -450,7 +451,7 @@ def _copy_from_cuda(
     """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
 
     def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
         return pinned.copy_(tensor, non_blocking=True)
 
     x, ids, weights = (to_pinned(t) for t in (hidden_states, topk_ids, topk_weights))

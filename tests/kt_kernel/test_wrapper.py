@@ -180,6 +180,18 @@ def test_capture_sizes() -> None:
     assert KTMoEWrapper.get_capture_batch_sizes() == []
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """SGLang makes its layers under ``torch.device("cuda")``; "meta" tensors have no memory."""
+    layer = RandomLayer(SHAPE)
+    batch = random_batch(SHAPE, 4)
+    want = layer.wrapper("int4", num_gpu_experts=1).forward(*batch, 0)
+    identity = torch.arange(SHAPE.num_experts)
+    with torch.device("meta"):
+        wrapper = KTMoEWrapper(**{**ARGUMENTS, "num_gpu_experts": 1})
+        wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.down, identity)
+        assert torch.equal(wrapper.forward(*batch, 0), want)
+
+
 def test_dropping_a_wrapper_with_a_call_pending_is_safe() -> None:
     layer = RandomLayer(SHAPE)
     for _ in range(20):
