@@ -1,5 +1,6 @@
 """Everything we change in SGLang, as data; its installation; the check that it took."""
 
+import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -164,9 +165,12 @@ def check(hooks: Iterable[Hook]) -> None:
     missing = [hook for hook in hooks if not is_in_place(hook)]
     if missing:
         names = ", ".join(f"{hook.target} ({hook.kind})" for hook in missing)
+        causes = {cause for hook in missing if (cause := import_failure(hook.target))}
+        why = "".join(f"; {cause}" for cause in sorted(causes))
         raise UserError(
             f"SGLang {sglang_version()} did not take {len(missing)} of the kt_kernel plugin's "
-            f"hooks: {names}; its answers would be wrong, so it does not serve; {TESTED_SGLANG}"
+            f"hooks: {names}{why}; its answers would be wrong, so it does not serve; "
+            f"{TESTED_SGLANG}"
         )
 
 
@@ -187,6 +191,26 @@ def is_in_place(hook: Hook) -> bool:
             return True
         current = getattr(current, "__wrapped__", None)
     return False
+
+
+def import_failure(target: str) -> str | None:
+    """Why the module of ``target`` cannot be imported; None if it can.
+
+    SGLang's registry says of a module that fails to import (for want of a GPU library, say) only
+    that its package has no such attribute.
+    """
+    name = ""
+    for part in target.split("."):
+        name = f"{name}.{part}".lstrip(".")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name == name:  # a class or function: the module before it was the last
+                return None
+            return f"{name} cannot be imported: {error}"
+        except Exception as error:
+            return f"{name} cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 def _contents(cell: Any) -> Any:

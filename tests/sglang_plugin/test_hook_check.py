@@ -4,6 +4,7 @@ import functools
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +61,16 @@ def test_replaced_after_us_is_not_in_place(target_module: Any) -> None:
 def test_missing_target_fails_the_check_by_name(target_module: Any, target: str) -> None:
     with pytest.raises(UserError, match=rf"{target} \(before\)"):
         check([make_hook(target)])
+
+
+def test_a_module_that_cannot_be_imported_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_target.py").write_text("import a_library_that_is_missing")
+    monkeypatch.syspath_prepend(tmp_path)
+    cause = "broken_target cannot be imported: No module named 'a_library_that_is_missing'"
+    with pytest.raises(UserError, match=cause):
+        check([make_hook("broken_target.Class.method")])
 
 
 def test_entries_are_set_and_checked(target_module: Any) -> None:
