@@ -130,7 +130,8 @@ amx-test: ## on a machine with AMX and PYTHON's torch, numpy, safetensors and py
 	cmake --build $(HOST_BUILD) --parallel
 	cp $(HOST_BUILD)/_ext*.so kt_kernel/
 	$(PYTHON) -c 'from kt_kernel import _ext; f = dict(_ext.cpu_features()); f["amx_permitted"] or exit("error: this CPU or kernel gives no AMX tiles: " + str(f))'
-	$(PYTHON) -m pytest tests/kernels tests/amx tests/kt_kernel/test_wrapper.py
+	# Without --strict-config: pytest-timeout, whose option is in pyproject.toml, need not be there.
+	$(PYTHON) -m pytest -ra -o addopts= tests/kernels tests/amx tests/kt_kernel/test_wrapper.py
 	$(PYTHON) -m benchmarks.bench_moe --no-rivals --experts 64
 
 lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
