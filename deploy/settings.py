@@ -284,7 +284,10 @@ TABLE: tuple[Setting, ...] = (
     # --- serve: not in the tutorial -------------------------------------------------------------
     Setting(
         "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN", Integer(0), NONE,
-        "Experts of a token whose result may arrive one layer late. `none` defers none.",
+        "Experts of a token, those of smallest weight, that are added to the next layer's output "
+        "instead of their own's, so that the CPU computes them during the next layer's attention: "
+        "an approximation (docs/architecture.md). `none` defers none. Has no effect in CUDA "
+        "graphs.",
         ADDED, ("serve",), _serve("--kt-max-deferred-experts-per-token"), none=True,
     ),
     Setting(
