@@ -31,6 +31,8 @@ def dense_attention(values: Mapping[str, Any], machine: Machine) -> tuple[bool, 
     backend = values["KT_ATTENTION_BACKEND"]
     if values["KT_DEVICE"] == "cpu":
         return True, "the sparse attention kernels need a GPU"
+    if not read_gpu_config(Path(values["KT_MODEL_PATH"])).get("index_topk"):
+        return True, "the model has no sparse attention"
     if backend not in (None, AUTO, *SPARSE_BACKENDS):
         return True, f"the attention backend {backend} cannot do sparse attention"
     if machine.gpu is None:
@@ -52,7 +54,7 @@ def attention_backend(values: Mapping[str, Any]) -> tuple[str, str]:
 def gpu_sizes(values: Mapping[str, Any], gpu: Gpu) -> GpuSizes:
     """The sizes of the model that these settings name, on cards like this one."""
     config = read_gpu_config(Path(values["KT_MODEL_PATH"]))
-    sparse = bool(config.get("index_topk")) and values["KT_DENSE_ATTENTION"] == "off"
+    sparse = values["KT_DENSE_ATTENTION"] == "off" and bool(config.get("index_topk"))
     return GpuSizes(
         config,
         sparse=sparse,

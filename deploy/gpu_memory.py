@@ -37,6 +37,14 @@ V32_CONFIG: Mapping[str, Any] = {
     "max_position_embeddings": 163840,
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }
+#: What other models of the family leave out or set to null.
+_OPTIONAL = (
+    "num_nextn_predict_layers",
+    "q_lora_rank",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+)
 
 BF16, FP32 = 2, 4
 #: An FP8 weight and its share of the fp32 scale of a block of 128 x 128.
@@ -65,20 +73,14 @@ def read_gpu_config(model_path: Path) -> Mapping[str, Any]:
     """
     try:
         config = json.loads((model_path / "config.json").read_text("utf-8"))
-        known = all(config[name] is not None for name in V32_CONFIG if name in _NEEDED)
-    except (OSError, ValueError, KeyError, TypeError):
+        known = all(
+            isinstance(config[name] if name not in _OPTIONAL else config.get(name) or 0, int)
+            for name in V32_CONFIG
+            if name != "quantization_config"
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return V32_CONFIG
     return config if known else V32_CONFIG
-
-
-_NEEDED = frozenset(V32_CONFIG) - {
-    "num_nextn_predict_layers",
-    "q_lora_rank",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "quantization_config",
-}
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,23 @@ def test_caches() -> None:
     assert both.cache_per_token == 61 * (576 + 132)
 
 
+def test_a_model_without_an_indexer_is_dense(tmp_path: Path) -> None:
+    """R1's config, for one, knows no index_topk; its attention is dense on Hopper, too."""
+    r1 = {name: value for name, value in V32_CONFIG.items() if not name.startswith("index_")}
+    (tmp_path / "config.json").write_text(json.dumps(r1))
+    found = chosen(H200, KT_MODEL_PATH=str(tmp_path))
+    assert (found["backend"], found["experts"]) == ("triton", "43")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": "many"}', '{"hidden_size": 7168}'])
+def test_a_config_that_cannot_be_used_counts_as_v32(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert chosen(L20, KT_MODEL_PATH=str(tmp_path)) == chosen(L20)
+    wrong = {**V32_CONFIG, "hidden_size": "many", "index_topk": None}
+    (tmp_path / "config.json").write_text(json.dumps(wrong))
+    assert chosen(H200, KT_MODEL_PATH=str(tmp_path)) == chosen(H200)
+
+
 def test_a_small_model_takes_the_tutorials_values(prepared: Prepared) -> None:
     found = chosen(L20, KT_MODEL_PATH=str(prepared.model))
     assert (found["experts"], found["tokens"]) == ("1", "40000")
