@@ -6,6 +6,7 @@ The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+#: The target that defines what the others compute, bit by bit.
+PLAIN_TARGET = "scalar"
 
 # The allocator takes larger tensors fresh from the system every time and pays for each page.
 _REUSED_OUTPUT_BYTES = 1 << 17
@@ -147,6 +151,8 @@ class KTMoEWrapper:
         self.layer_idx = layer_idx
         self.method = method
         self.weight_path = weight_path
+        self.hidden_size = hidden_size
+        self.top_k = num_experts_per_tok
         self._layout = packed.PackedLayout(
             num_experts, hidden_size, moe_intermediate_size, packed.KT_METHODS[method]
         )
@@ -155,14 +161,15 @@ class KTMoEWrapper:
         # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang never
         # does, so there the GPU's experts need no memory here.
         self._mask_may_change = gpu_experts_mask is not None
-        self._top_k = num_experts_per_tok
         self._num_deferred = min(max_deferred_experts_per_token or 0, num_experts_per_tok)
         if self._num_deferred < 0:
             raise UserError(
                 "max_deferred_experts_per_token (--kt-max-deferred-experts-per-token) is "
                 f"{max_deferred_experts_per_token}: expected at least 0"
             )
+        self._pools = threadpool_count
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
+        self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
         self._pending: _Pending | _CudaCall | _CapturedCall | None = None
         self._on_stream: _ext.StreamLayer | None = None
@@ -172,11 +179,43 @@ class KTMoEWrapper:
         return _ext.Layer(
             self._engine,
             layout.num_experts,
-            self._top_k,
+            self.top_k,
             layout.hidden_size,
             layout.intermediate_size,
             layout.method,
         )
+
+    # ---- what the self-test asks -----------------------------------------------------------------
+
+    @property
+    def target(self) -> str:
+        """Name of the target that runs."""
+        return self._engine.target
+
+    def cpu_slots(self) -> list[int]:
+        """Ids of the experts that run here; empty before ``load_weights``."""
+        mask = self.gpu_experts_mask.tolist()
+        return [slot for slot, expert in enumerate(self._loaded) if expert >= 0 and not mask[slot]]
+
+    def without_deferral(self) -> KTMoEWrapper:
+        """The same layer, whose calls run all experts at once."""
+        other = copy.copy(self)
+        other._num_deferred = 0
+        return other
+
+    def plain_copy(self, slots: Sequence[int]) -> KTMoEWrapper:
+        """Some of the layer's experts, read from its file again, on the plain target.
+
+        Raises:
+            UserError: the file is gone or damaged.
+        """
+        target = self.target if self.target == "reference" else PLAIN_TARGET
+        other = self.without_deferral()
+        other._engine = _ext.Engine(self._engine.cpus, self._pools, target)
+        other._layer = other._new_layer()
+        other._on_stream = None
+        other._read_file([e if slot in slots else -1 for slot, e in enumerate(self._loaded)])
+        return other
 
     def _use_method(self, quant_method: str) -> None:
         """Hold weights of this method, if ``--kt-method`` stands for it too."""
@@ -197,6 +236,17 @@ class KTMoEWrapper:
         Raises:
             UserError: no file, or one of another layer, model or method, or a damaged one.
         """
+        sources = self._sources(physical_to_logical_map_cpu)
+        started = time.monotonic()
+        path = self._read_file(sources)
+        self._loaded = sources
+        line = load_progress(path.parent).line(
+            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
+        )
+        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
+
+    def _read_file(self, sources: list[int]) -> Path:
+        """Fill the slots with these experts of the layer's file, -1 for none; its path."""
         if self.weight_path is None:
             raise UserError("weight_path is not set: pass --kt-weight-path")
         path = Path(self.weight_path) / packed.layer_file_name(self.layer_idx)
@@ -221,16 +271,11 @@ class KTMoEWrapper:
             [offset(f"{name}.{part}") for part in ("codes", "table_index", "scales")]
             for name in packed.PROJECTIONS
         ]
-        sources = self._sources(physical_to_logical_map_cpu)
-        started = time.monotonic()
         try:
             self._layer.load_file(str(path), offsets, tables, sources)
         except RuntimeError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        line = load_progress(path.parent).line(
-            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
-        )
-        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
+        return path
 
     def load_weights_from_tensors(
         self,
@@ -317,10 +362,10 @@ class KTMoEWrapper:
         _check_tensor(
             "hidden_states",
             hidden_states,
-            (tokens, self._layout.hidden_size),
+            (tokens, self.hidden_size),
             tuple(_ACTIVATION_DTYPES),
         )
-        routing = (tokens, self._top_k)
+        routing = (tokens, self.top_k)
         _check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
         _check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
