@@ -40,7 +40,21 @@ def check_kt_flags(result: None, server_args: Any) -> None:
                 f"{' and '.join(missing)}: SGLang would not run the experts in kt_kernel; "
                 f"add {' and '.join(missing)}"
             )
+        _check_no_mtp(server_args)
         _check_available()
+
+
+def _check_no_mtp(server_args: Any) -> None:
+    """SGLang would ask for the MTP layer's experts under the index 0, which has none."""
+    algorithm = getattr(server_args, "speculative_algorithm", None)
+    if algorithm is None or algorithm.upper() not in ("EAGLE", "NEXTN"):
+        return
+    draft = server_args.speculative_draft_model_path
+    if draft is None or draft == server_args.model_path:
+        raise UserError(
+            f"--speculative-algorithm {algorithm} drafts with the model's MTP layer, which SGLang "
+            f"{sglang_version()} cannot run with CPU experts (docs/gpu-memory.md): leave it out"
+        )
 
 
 def load_model_through_kt(

@@ -86,6 +86,23 @@ def test_incomplete_flags_are_refused(
     assert f"add {missing}\n" in error
 
 
+@pytest.mark.parametrize("draft", [None, "/m"])
+def test_drafting_with_the_mtp_layer_is_refused(
+    draft: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model_path": "/m", "speculative_draft_model_path": draft}
+    check_kt_flags(None, flags(**FULL, **given, speculative_algorithm="NGRAM"))
+    check_kt_flags(None, flags(**given, speculative_algorithm="EAGLE"))  # no CPU experts
+    other = {**given, "speculative_draft_model_path": "/other"}
+    check_kt_flags(None, flags(**FULL, **other, speculative_algorithm="EAGLE"))
+    with pytest.raises(SystemExit):
+        check_kt_flags(None, flags(**FULL, **given, speculative_algorithm="NEXTN"))
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: --speculative-algorithm NEXTN drafts with the model's MTP layer"
+    )
+
+
 def test_unavailable_kt_kernel_is_refused(
     sglang_modules: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
