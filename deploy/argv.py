@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deploy.by_card import attention_backend, choose_sizes, dense_attention
 from deploy.config import Config
 from deploy.machine import Machine
 from deploy.setting import AUTO, Flag, Setting
-from deploy.settings import BY_NAME, SECRETS, SPARSE_BACKENDS, commanded
+from deploy.settings import BY_NAME, SECRETS, commanded
 from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin.device import launch_environment
 
 SGLANG_MODULE = "sglang.launch_server"
 #: First word of the printed commands. What is started is the interpreter that runs this program.
 PYTHON = "python"
-HOPPER = (9, 0)
 #: What a secret looks like in printed commands.
 MASK = "***"
 
@@ -85,8 +85,12 @@ def resolve(config: Config, machine: Machine) -> tuple[dict[str, Any], tuple[str
     else:
         values["KT_TOOL_CALL_PARSER"] = _unless_auto(values, "KT_TOOL_CALL_PARSER", "deepseekv32")
         values["KT_DEFAULT_THINKING"] = _unless_auto(values, "KT_DEFAULT_THINKING", False)
-    dense, why = _dense_attention(values, machine)
+    dense, why = dense_attention(values, machine)
     choose("KT_DENSE_ATTENTION", "on" if dense else "off", why)
+    choose("KT_ATTENTION_BACKEND", *attention_backend(values))
+    experts, tokens, why = choose_sizes(values, machine)
+    choose("KT_NUM_GPU_EXPERTS", experts, why)
+    choose("KT_MAX_TOTAL_TOKENS", tokens, why)
     return values, tuple(notes)
 
 
@@ -104,21 +108,6 @@ def _word(value: Any) -> str:
     if value is None:
         return "none"
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
-def _dense_attention(values: Mapping[str, Any], machine: Machine) -> tuple[bool, str]:
-    backend = values["KT_ATTENTION_BACKEND"]
-    if values["KT_DEVICE"] == "cpu":
-        return True, "the sparse attention kernels need a GPU"
-    if backend is not None and backend not in SPARSE_BACKENDS:
-        return True, f"the attention backend {backend} cannot do sparse attention"
-    if machine.gpu is None:
-        return True, "there is no GPU to ask for its compute capability"
-    capability = machine.gpu.compute_capability
-    text = f"compute capability {capability[0]}.{capability[1]}"
-    if capability < HOPPER:
-        return True, f"{text}, sparse attention needs 9.0 (Hopper)"
-    return False, f"{text} has the sparse attention kernels"
 
 
 def serve_command(config: Config, machine: Machine) -> Command:

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 
 from deploy.argv import resolve
+from deploy.by_card import memory_line
 from deploy.checks import Situation, Status, all_checks, run_checks
 from deploy.config import Config, export
 from deploy.machine import survey
@@ -20,6 +21,7 @@ def run(config: Config, as_json: bool, host_only: bool) -> int:
     export(config)
     machine = survey()
     values, notes = resolve(config, machine)
+    memory = memory_line(values, machine)
     entries = [entry for entry in all_checks() if entry.host or not host_only]
     results = run_checks(Situation(values, config.environment, machine), entries)
     failed = sum(result.status is Status.FAIL for result in results)
@@ -29,13 +31,14 @@ def run(config: Config, as_json: bool, host_only: bool) -> int:
                 {
                     "ok": failed == 0,
                     "chosen": list(notes),
+                    "gpu_memory": memory,
                     "checks": [asdict(result) for result in results],
                 },
                 indent=1,
             )
         )
     else:
-        for note in notes:
+        for note in (*notes, *([memory] if memory else [])):
             print(note)
         for result in results:
             print(f"{result.status}: {result.sentence()}")

@@ -7,8 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from deploy.by_card import choose_sizes, memory_of
 from deploy.checks import Result, Situation, Status
-from deploy.progress import gigabytes
+from deploy.gpu_memory import GIB, GpuMemory
+from deploy.machine import Gpu
+from deploy.setting import AUTO
 
 #: The FP8 weights of attention need it: Ampere runs them through Marlin's kernels.
 LEAST_CAPABILITY = (8, 0)
@@ -100,27 +103,40 @@ def torch_cuda_version() -> tuple[int, int] | None:
 
 
 def check_gpu_memory(situation: Situation) -> Iterator[Result]:
-    """Weights and KV cache fit onto the card, besides what other programs have there."""
+    """Weights, KV cache and workspace fit onto the card, besides what other programs have there."""
     gpu, values = situation.machine.gpu, situation.values
-    if gpu is None or values["KT_DEVICE"] != "cuda":
+    found = memory_of(values, situation.machine)
+    if gpu is None or found is None:
         return
-    needed = situation.needs.gpu_memory(values)
-    used = gpu.used_bytes or 0
-    experts, tokens = values["KT_NUM_GPU_EXPERTS"], values["KT_MAX_TOTAL_TOKENS"]
-    cache = f"a KV cache of {tokens} tokens" if tokens else "no KV cache yet"
-    if gpu.memory_bytes < needed:
-        todo = "lower KT_NUM_GPU_EXPERTS or KT_MAX_TOTAL_TOKENS, or use a larger card"
-    else:
-        todo = "end the programs that nvidia-smi lists"
-    enough = gpu.memory_bytes - used >= needed
+    memory, free = found
+    enough = memory.total <= free
     yield Result(
         "vram",
         Status.PASS if enough else Status.FAIL,
-        f"{gigabytes(needed)} free on each GPU for {situation.needs.what} with {experts} experts "
-        f"of each layer and {cache}",
-        f"{gigabytes(gpu.memory_bytes - used)} of {gigabytes(gpu.memory_bytes)}"
+        f"{memory.total / GIB:.1f} GiB free on each GPU for {situation.needs.what}",
+        f"{free / GIB:.1f} of {gpu.memory_bytes / GIB:.1f} GiB"
         + ("" if gpu.used_bytes is not None else " (what is in use is not known)"),
-        "" if enough else todo,
+        "" if enough else _what_fits(situation, gpu, memory),
+    )
+
+
+def _what_fits(situation: Situation, gpu: Gpu, memory: GpuMemory) -> str:
+    """What to do about a card that cannot hold what the settings ask for."""
+    if memory.total <= gpu.memory_bytes:
+        return "end the programs that nvidia-smi lists"
+    automatic = {"KT_NUM_GPU_EXPERTS": AUTO, "KT_MAX_TOTAL_TOKENS": AUTO}
+    chosen = {**situation.values, **automatic}
+    experts, tokens, _ = choose_sizes(chosen, situation.machine)
+    chosen |= {"KT_NUM_GPU_EXPERTS": experts, "KT_MAX_TOTAL_TOKENS": tokens}
+    fits = memory_of(chosen, situation.machine)
+    if fits is not None and fits[0].total <= fits[1]:
+        return (
+            f"set KT_NUM_GPU_EXPERTS={experts} and KT_MAX_TOTAL_TOKENS={tokens}, which fit, or "
+            "both to auto"
+        )
+    return (
+        "lower KT_CHUNKED_PREFILL_SIZE, raise KT_TENSOR_PARALLEL_SIZE if there are more GPUs, or "
+        "use a larger card"
     )
 
 

@@ -36,6 +36,11 @@ class Gpu:
     used_bytes: int | None = None
     count: int = 1
 
+    @property
+    def free_bytes(self) -> int:
+        """Memory that nothing uses, as far as the driver tells."""
+        return self.memory_bytes - (self.used_bytes or 0)
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -9,31 +9,18 @@ from typing import Any
 
 from convert.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, parse_expert_name
 from convert.model_config import read_json, read_model_dims
+from deploy.gpu_memory import V32_CONFIG
 from deploy.marker import Marker, read_marker
 from kt_kernel.errors import UserError
 from kt_kernel.packed import KT_METHODS, METHODS, SERVED_AS, PackedLayout
 
-#: V3.2 as far as the sizes below depend on it, and its bytes on the Hub.
-V32_CONFIG: Mapping[str, Any] = {
-    "num_hidden_layers": 61,
-    "first_k_dense_replace": 3,
-    "num_nextn_predict_layers": 1,
-    "n_routed_experts": 256,
-    "num_experts_per_tok": 8,
-    "hidden_size": 7168,
-    "moe_intermediate_size": 2048,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "quantization_config": {"quant_method": "fp8"},
-}
+#: V3.2's bytes on the Hub.
 V32_BYTES = 689e9
 #: Of these, bytes that are loaded besides routed experts: neither those nor the MTP layer.
 V32_RESIDENT_BYTES = 20e9
 
-#: The server besides the model: in memory (measured with the tiny model, 3.5 GiB) and on the GPU
-#: (CUDA's context, activations; what the tutorial's 27.7 GB leave after weights and KV cache).
+#: The server besides the model (measured with the tiny model, 3.5 GiB).
 SERVER_BYTES = 4e9
-GPU_SERVER_BYTES = 2.5e9
 #: Kernel buffers at 4096 tokens, top-8 and V3.2's width.
 V32_SCRATCH_BYTES = 0.7e9
 #: Below this, the machine does not matter: a laptop serves it.
@@ -90,13 +77,6 @@ class Needs:
         if in_cpu_mode:  # everything is here, and FP8 becomes bf16
             needed += 2 * self.resident + self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)
         return needed
-
-    def gpu_memory(self, values: Mapping[str, Any]) -> float:
-        """Memory of each GPU to serve with these settings."""
-        experts = min(values["KT_NUM_GPU_EXPERTS"], self.experts) * self.moe_layers * self.expert
-        cache = self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)  # each GPU has all of it
-        shared = (self.resident + experts) / values["KT_TENSOR_PARALLEL_SIZE"]
-        return shared + cache + GPU_SERVER_BYTES
 
 
 def model_needs(model_path: Path) -> Needs:

@@ -8,6 +8,7 @@ import sys
 from typing import NoReturn
 
 from deploy.argv import Command, resolve, serve_command
+from deploy.by_card import memory_line
 from deploy.checks import Situation, Status, all_checks, run_checks
 from deploy.config import Config, export
 from deploy.errors import UserErrors
@@ -40,6 +41,9 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
     for note in command.notes:
         say(note)
     values, _ = resolve(config, machine)
+    memory = memory_line(values, machine)
+    if memory is not None:
+        say(memory)
     situation = Situation(values, config.environment, machine)
     known = situation.needs.known
     entries = [entry for entry in all_checks() if entry.serve and (known or not entry.sized)]

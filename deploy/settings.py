@@ -175,14 +175,17 @@ TABLE: tuple[Setting, ...] = (
         tutorial="2", auto=True,
     ),
     Setting(
-        "KT_NUM_GPU_EXPERTS", Integer(0), "1",
-        "Routed experts of each layer that stay on the GPU.",
-        SERVE, ("serve", "check"), _serve("--kt-num-gpu-experts"), tutorial="1",
+        "KT_NUM_GPU_EXPERTS", Integer(0), AUTO,
+        "Routed experts of each layer that stay on the GPU. `auto` is what fits besides the KV "
+        "cache (docs/gpu-memory.md), the tutorial's 1 without a GPU.",
+        SERVE, ("serve", "check"), _serve("--kt-num-gpu-experts"), tutorial="1", auto=True,
     ),
     Setting(
-        "KT_ATTENTION_BACKEND", Choice(ATTENTION_BACKENDS), "triton",
-        "Attention kernels. `none` leaves the choice to SGLang.",
-        SERVE, ("serve",), _serve("--attention-backend"), tutorial="triton", none=True,
+        "KT_ATTENTION_BACKEND", Choice(ATTENTION_BACKENDS), AUTO,
+        "Attention kernels. `auto` goes with `KT_DENSE_ATTENTION`: `triton` for dense attention, "
+        "`dsa` for sparse. `none` leaves the choice to SGLang.",
+        SERVE, ("serve", "check"), _serve("--attention-backend"), tutorial="triton",
+        auto=True, none=True,
     ),
     Setting(
         "KT_TRUST_REMOTE_CODE", _BOOL, "1",
@@ -192,7 +195,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_MEM_FRACTION_STATIC", Number(above=0, maximum=1), "0.98",
         "Share of the GPU's memory for weights and KV cache. `none` leaves it to SGLang.",
-        SERVE, ("serve",), _serve("--mem-fraction-static"), tutorial="0.98", none=True,
+        SERVE, ("serve", "check"), _serve("--mem-fraction-static"), tutorial="0.98", none=True,
     ),
     Setting(
         "KT_CHUNKED_PREFILL_SIZE", Integer(1), "4096",
@@ -202,12 +205,15 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_MAX_RUNNING_REQUESTS", Integer(1), "32",
         "Requests that are computed at the same time. `none` leaves it to SGLang.",
-        SERVE, ("serve",), _serve("--max-running-requests"), tutorial="32", none=True,
+        SERVE, ("serve", "check"), _serve("--max-running-requests"), tutorial="32", none=True,
     ),
     Setting(
-        "KT_MAX_TOTAL_TOKENS", Integer(1), "40000",
-        "Tokens that the KV cache holds for all requests together. `none` leaves it to SGLang.",
-        SERVE, ("serve", "check"), _serve("--max-total-tokens"), tutorial="40000", none=True,
+        "KT_MAX_TOTAL_TOKENS", Integer(1), AUTO,
+        "Tokens that the KV cache holds for all requests together. `auto` is what fits, up to one "
+        "context of full length (docs/gpu-memory.md), the tutorial's 40000 without a GPU. `none` "
+        "leaves it to SGLang.",
+        SERVE, ("serve", "check"), _serve("--max-total-tokens"), tutorial="40000",
+        auto=True, none=True,
     ),
     Setting(
         "KT_SERVED_MODEL_NAME", Text("a name without spaces", r"\S+"), "DeepSeek-V3.2",
@@ -278,7 +284,10 @@ TABLE: tuple[Setting, ...] = (
     # --- serve: not in the tutorial -------------------------------------------------------------
     Setting(
         "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN", Integer(0), NONE,
-        "Experts of a token whose result may arrive one layer late. `none` defers none.",
+        "Experts of a token, those of smallest weight, that are added to the next layer's output "
+        "instead of their own's, so that the CPU computes them during the next layer's attention: "
+        "an approximation (docs/architecture.md). `none` defers none. Has no effect in CUDA "
+        "graphs.",
         ADDED, ("serve",), _serve("--kt-max-deferred-experts-per-token"), none=True,
     ),
     Setting(
@@ -293,14 +302,14 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting(
         "KT_DENSE_ATTENTION", Choice(("on", "off")), AUTO,
-        "Replace V3.2's sparse attention by dense attention. `auto` says `on` in CPU mode, on "
-        "GPUs before Hopper (compute capability below 9.0), and wherever "
-        "`KT_ATTENTION_BACKEND` names a backend that cannot do sparse attention.",
-        ADDED, ("serve",), tutorial="on", auto=True,
+        "Replace V3.2's sparse attention by dense attention. `auto` says `off` on Hopper and "
+        "Blackwell (compute capability 9.x and 10.x), and `on` in CPU mode, on other GPUs and "
+        "wherever `KT_ATTENTION_BACKEND` names a backend that cannot do sparse attention.",
+        ADDED, ("serve", "check"), tutorial="on", auto=True,
         adds="--json-model-override-args '{\"index_topk\": null}'",
-        reason="the kernels of V3.2's indexer exist for Hopper and later only, and the `triton` "
-        "backend refuses their result; without `index_topk` SGLang builds no indexer and attends "
-        "to every token",
+        reason="the kernels of V3.2's indexer exist for Hopper and Blackwell only, and the "
+        "`triton` backend refuses their result; without `index_topk` SGLang builds no indexer and "
+        "attends to every token",
         turn_off="KT_DENSE_ATTENTION=off",
     ),
     Setting(
@@ -311,7 +320,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_PREFILL_CUDA_GRAPH", _BOOL, "0",
         "Capture CUDA graphs of the prefill. Has no effect in CPU mode.",
-        ADDED, ("serve",), _serve("--disable-prefill-cuda-graph", inverted=True), tutorial="0",
+        ADDED, ("serve", "check"), _serve("--disable-prefill-cuda-graph", inverted=True),
+        tutorial="0",
         adds="--disable-prefill-cuda-graph",
         reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a "
         "card, and prefill is bound by the CPU experts, which a graph does not speed up",
@@ -320,7 +330,8 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_DECODE_CUDA_GRAPH", _BOOL, "0",
         "Capture CUDA graphs of the decode. Has no effect in CPU mode.",
-        ADDED, ("serve",), _serve("--disable-decode-cuda-graph", inverted=True), tutorial="0",
+        ADDED, ("serve", "check"), _serve("--disable-decode-cuda-graph", inverted=True),
+        tutorial="0",
         adds="--disable-decode-cuda-graph",
         reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a card",
         turn_off="KT_DECODE_CUDA_GRAPH=1",

@@ -6,6 +6,7 @@ The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
@@ -27,15 +28,40 @@ logger = logging.getLogger(__name__)
 _ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+#: The target that defines what the others compute, bit by bit.
+PLAIN_TARGET = "scalar"
+
 # The allocator takes larger tensors fresh from the system every time and pays for each page.
 _REUSED_OUTPUT_BYTES = 1 << 17
 
 
-class _Pending(NamedTuple):
-    """A submitted call: its job and the tensors that the job writes to."""
+class _Queued(NamedTuple):
+    """A job and the tensor that it writes to."""
 
     job: _ext.Job
     output: torch.Tensor
+
+
+class _Deferred(NamedTuple):
+    """The experts of a layer's call that go into the next MoE layer's output."""
+
+    layer_idx: int
+    queued: _Queued
+
+
+class _Pending(NamedTuple):
+    """A submitted call, and what the layer before left for its output."""
+
+    now: _Queued
+    before: _Queued | None
+
+    def result(self) -> torch.Tensor:
+        """Wait for both; their sum, [T, H]."""
+        self.now.job.wait()
+        if self.before is not None:
+            self.before.job.wait()
+            self.now.output.add_(self.before.output)
+        return self.now.output
 
 
 class _CudaCall(NamedTuple):
@@ -73,8 +99,10 @@ class KTMoEWrapper:
         chunked_prefill_size: the largest number of tokens SGLang will submit; larger calls work.
         method: ``"AMXINT4"`` or ``"AMXINT8"``: the format of the weights; which of the two int4
             formats, the files say. The instructions used are the best this CPU has.
-        max_deferred_experts_per_token: accepted; every expert runs at once, which is exact where
-            deferral is an approximation.
+        max_deferred_experts_per_token: of a token's top-k, that many of the smallest weights go
+            into the next MoE layer's output instead of this one's: an approximation, which lets the
+            CPU work while the GPU is at the next layer's attention. None and 0 defer none, which
+            SGLang passes to the last layer. Not in calls that a CUDA graph captures.
         numa_nodes, cpu_save: accepted for the fork and not needed.
         mode: ``"inference"``.
         swiglu_limit, swiglu_alpha: 0.0; V3.2 has neither.
@@ -84,6 +112,7 @@ class KTMoEWrapper:
     """
 
     _capture_batch_sizes: tuple[int, ...] = ()
+    _deferred: _Deferred | None = None  # of the layer called last
     _deferral_reported = False
 
     def __init__(
@@ -122,6 +151,8 @@ class KTMoEWrapper:
         self.layer_idx = layer_idx
         self.method = method
         self.weight_path = weight_path
+        self.hidden_size = hidden_size
+        self.top_k = num_experts_per_tok
         self._layout = packed.PackedLayout(
             num_experts, hidden_size, moe_intermediate_size, packed.KT_METHODS[method]
         )
@@ -130,14 +161,15 @@ class KTMoEWrapper:
         # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang never
         # does, so there the GPU's experts need no memory here.
         self._mask_may_change = gpu_experts_mask is not None
-        if max_deferred_experts_per_token and not KTMoEWrapper._deferral_reported:
-            KTMoEWrapper._deferral_reported = True
-            logger.warning(
-                "kt_kernel: max_deferred_experts_per_token is %d; every expert runs at once",
-                max_deferred_experts_per_token,
+        self._num_deferred = min(max_deferred_experts_per_token or 0, num_experts_per_tok)
+        if self._num_deferred < 0:
+            raise UserError(
+                "max_deferred_experts_per_token (--kt-max-deferred-experts-per-token) is "
+                f"{max_deferred_experts_per_token}: expected at least 0"
             )
-        self._top_k = num_experts_per_tok
+        self._pools = threadpool_count
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
+        self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
         self._pending: _Pending | _CudaCall | _CapturedCall | None = None
         self._on_stream: _ext.StreamLayer | None = None
@@ -147,11 +179,43 @@ class KTMoEWrapper:
         return _ext.Layer(
             self._engine,
             layout.num_experts,
-            self._top_k,
+            self.top_k,
             layout.hidden_size,
             layout.intermediate_size,
             layout.method,
         )
+
+    # ---- what the self-test asks -----------------------------------------------------------------
+
+    @property
+    def target(self) -> str:
+        """Name of the target that runs."""
+        return self._engine.target
+
+    def cpu_slots(self) -> list[int]:
+        """Ids of the experts that run here; empty before ``load_weights``."""
+        mask = self.gpu_experts_mask.tolist()
+        return [slot for slot, expert in enumerate(self._loaded) if expert >= 0 and not mask[slot]]
+
+    def without_deferral(self) -> KTMoEWrapper:
+        """The same layer, whose calls run all experts at once."""
+        other = copy.copy(self)
+        other._num_deferred = 0
+        return other
+
+    def plain_copy(self, slots: Sequence[int]) -> KTMoEWrapper:
+        """Some of the layer's experts, read from its file again, on the plain target.
+
+        Raises:
+            UserError: the file is gone or damaged.
+        """
+        target = self.target if self.target == "reference" else PLAIN_TARGET
+        other = self.without_deferral()
+        other._engine = _ext.Engine(self._engine.cpus, self._pools, target)
+        other._layer = other._new_layer()
+        other._on_stream = None
+        other._read_file([e if slot in slots else -1 for slot, e in enumerate(self._loaded)])
+        return other
 
     def _use_method(self, quant_method: str) -> None:
         """Hold weights of this method, if ``--kt-method`` stands for it too."""
@@ -172,6 +236,17 @@ class KTMoEWrapper:
         Raises:
             UserError: no file, or one of another layer, model or method, or a damaged one.
         """
+        sources = self._sources(physical_to_logical_map_cpu)
+        started = time.monotonic()
+        path = self._read_file(sources)
+        self._loaded = sources
+        line = load_progress(path.parent).line(
+            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
+        )
+        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
+
+    def _read_file(self, sources: list[int]) -> Path:
+        """Fill the slots with these experts of the layer's file, -1 for none; its path."""
         if self.weight_path is None:
             raise UserError("weight_path is not set: pass --kt-weight-path")
         path = Path(self.weight_path) / packed.layer_file_name(self.layer_idx)
@@ -196,16 +271,11 @@ class KTMoEWrapper:
             [offset(f"{name}.{part}") for part in ("codes", "table_index", "scales")]
             for name in packed.PROJECTIONS
         ]
-        sources = self._sources(physical_to_logical_map_cpu)
-        started = time.monotonic()
         try:
             self._layer.load_file(str(path), offsets, tables, sources)
         except RuntimeError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        line = load_progress(path.parent).line(
-            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
-        )
-        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
+        return path
 
     def load_weights_from_tensors(
         self,
@@ -292,10 +362,10 @@ class KTMoEWrapper:
         _check_tensor(
             "hidden_states",
             hidden_states,
-            (tokens, self._layout.hidden_size),
+            (tokens, self.hidden_size),
             tuple(_ACTIVATION_DTYPES),
         )
-        routing = (tokens, self._top_k)
+        routing = (tokens, self.top_k)
         _check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
         _check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -317,9 +387,11 @@ class KTMoEWrapper:
         Returns:
             [T, H] in the dtype and on the device of the submitted hidden states: the sum over the
             CPU's experts of routing weight times expert, ``routed_scaling_factor`` not applied.
+            With deferral, less the experts deferred here, plus those that the layer before
+            deferred.
 
         Raises:
-            UserError: nothing was submitted.
+            UserError: nothing was submitted, or the layer before deferred experts of another batch.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -332,10 +404,8 @@ class KTMoEWrapper:
         if isinstance(pending, _CudaCall):
             pending.copied.synchronize()
             pending = self._submit(pending.x, pending.ids, pending.weights)
-            pending.job.wait()
-            return pending.output.to(hidden_states.device)
-        pending.job.wait()
-        return pending.output
+            return pending.result().to(hidden_states.device)
+        return pending.result()
 
     def forward(
         self,
@@ -352,17 +422,56 @@ class KTMoEWrapper:
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> _Pending:
         x, ids, weights = _contiguous(hidden_states, topk_ids, topk_weights)
+        before = self._take_deferred(x)
+        if not self._num_deferred:
+            return _Pending(self._queue(x, ids, weights), before)
+        lightest = weights.topk(self._num_deferred, largest=False).indices
+        later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
+        now = self._queue(x, ids.masked_fill(later, -1), weights)
+        try:
+            deferred = self._queue(x, ids.masked_fill(~later, -1), weights)
+        except UserError:
+            now.job.wait()  # it writes to memory that would go
+            raise
+        KTMoEWrapper._deferred = _Deferred(self.layer_idx, deferred)
+        return _Pending(now, before)
+
+    def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> _Queued:
         output = self._output_like(x)
         try:
             job = self._layer.submit(*self._inputs(x, ids, weights), output.data_ptr())
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        return _Pending(job, output)
+        return _Queued(job, output)
+
+    def _take_deferred(self, x: torch.Tensor) -> _Queued | None:
+        """What the MoE layer before has deferred.
+
+        A pass goes through the layers in their order: what a later layer or this one has left is
+        of a pass that was never finished.
+        """
+        deferred, KTMoEWrapper._deferred = KTMoEWrapper._deferred, None
+        if deferred is None:
+            return None
+        output = deferred.queued.output
+        if deferred.layer_idx < self.layer_idx and output.shape == x.shape:
+            return deferred.queued
+        deferred.queued.job.wait()  # it writes to memory that goes now
+        if deferred.layer_idx < self.layer_idx:
+            raise UserError(
+                f"layer {self.layer_idx} is called with {x.shape[0]} tokens after layer "
+                f"{deferred.layer_idx} has deferred experts of {output.shape[0]} tokens: expected "
+                "the same batch; set KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
+            )
+        return None
 
     def _capture(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> _CapturedCall:
         """Put the call on the stream being captured; nothing runs before the graph's replay."""
+        if self._num_deferred and not KTMoEWrapper._deferral_reported:
+            KTMoEWrapper._deferral_reported = True
+            logger.warning("kt_kernel: calls in CUDA graphs defer no experts: all run at once")
         if self._on_stream is None:
             self._on_stream = _ext.StreamLayer(stream_context(), self._layer, self.layer_idx)
         # Copies that this makes are freed here, but reused only by what comes later on the stream.

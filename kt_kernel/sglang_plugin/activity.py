@@ -40,16 +40,34 @@ def check_kt_flags(result: None, server_args: Any) -> None:
                 f"{' and '.join(missing)}: SGLang would not run the experts in kt_kernel; "
                 f"add {' and '.join(missing)}"
             )
+        _check_no_mtp(server_args)
         _check_available()
+
+
+def _check_no_mtp(server_args: Any) -> None:
+    """SGLang would ask for the MTP layer's experts under the index 0, which has none."""
+    algorithm = getattr(server_args, "speculative_algorithm", None)
+    if algorithm is None or algorithm.upper() not in ("EAGLE", "NEXTN"):
+        return
+    draft = server_args.speculative_draft_model_path
+    if draft is None or draft == server_args.model_path:
+        raise UserError(
+            f"--speculative-algorithm {algorithm} drafts with the model's MTP layer, which SGLang "
+            f"{sglang_version()} cannot run with CPU experts (docs/gpu-memory.md): leave it out"
+        )
 
 
 def load_model_through_kt(
     load_model: Callable[..., None], runner: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Around ``ModelRunner.load_model``: mistakes in the weights and KT left out are refused."""
+    """Around ``ModelRunner.load_model``.
+
+    Mistakes in the weights, KT left out and CPU experts that compute something else are refused.
+    """
     try:
         load_model(runner, *args, **kwargs)
         check_kt_is_in_use(runner)
+        check_first_and_last_layer(runner)
     except UserError as error:
         refuse_to_serve(str(error))
 
@@ -69,6 +87,33 @@ def check_kt_is_in_use(runner: Any) -> None:
             f"{type(runner.model).__name__} run through kt_kernel in SGLang {sglang_version()}; "
             "serve a model with routed experts, or leave out the --kt-* flags"
         )
+
+
+def check_first_and_last_layer(runner: Any) -> None:
+    """Raise :class:`UserError` unless the CPU experts of the two give what their files say.
+
+    In a tensor-parallel group only the first process has CPU experts.
+    """
+    if runner.server_args.kt_weight_path is None or runner.is_draft_worker:
+        return
+    from sglang.srt.layers.moe.kt_ep_wrapper import KTEPWrapperMethod
+
+    from kt_kernel.self_test import check_layer
+
+    methods = (getattr(module, "quant_method", None) for module in runner.model.modules())
+    wrappers = [
+        method.wrapper
+        for method in methods
+        if isinstance(method, KTEPWrapperMethod) and method.tp_rank == 0
+    ]
+    if None in wrappers:
+        raise UserError(
+            f"--kt-weight-path is given, but {wrappers.count(None)} of {len(wrappers)} MoE layers "
+            f"have no CPU experts in SGLang {sglang_version()}: start again"
+        )
+    wrappers.sort(key=lambda wrapper: wrapper.layer_idx)
+    for wrapper in wrappers[:1] + wrappers[1:][-1:]:
+        check_layer(wrapper, runner.device)
 
 
 def _check_available() -> None:

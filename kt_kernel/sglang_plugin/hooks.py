@@ -54,7 +54,7 @@ HOOKS: list[Hook] = [
         "around",
         activity.load_model_through_kt,
         "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently; weights that "
-        "do not fit end in a traceback",
+        "do not fit end in a traceback; nothing tests what the CPU experts compute",
         "always",
     ),
     Hook(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,9 @@ def test_cpu_mode() -> None:
         (with_gpu(L20), {}, True),
         (with_gpu(L20), {"KT_ATTENTION_BACKEND": "none"}, True),
         (with_gpu(L20), {"KT_DENSE_ATTENTION": "off"}, False),
-        (with_gpu(H200), {}, True),  # the tutorial's triton backend cannot do sparse attention
+        (with_gpu(H200), {}, False),
+        (with_gpu(H200), {"KT_ATTENTION_BACKEND": "triton"}, True),  # cannot do sparse attention
+        (with_gpu(replace(H200, compute_capability=(12, 0))), {}, True),
         (with_gpu(H200), {"KT_ATTENTION_BACKEND": "none"}, False),
         (with_gpu(H200), {"KT_ATTENTION_BACKEND": "dsa"}, False),
         (with_gpu(H200), {"KT_ATTENTION_BACKEND": "dsa", "KT_DENSE_ATTENTION": "on"}, True),

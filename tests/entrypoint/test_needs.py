@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from deploy.argv import resolve
 from deploy.config import load
-from deploy.needs import V32_BYTES, V32_CONFIG, V32_RESIDENT_BYTES, model_needs
-from tests.entrypoint.helpers import Prepared
+from deploy.gpu_memory import V32_CONFIG
+from deploy.needs import V32_BYTES, V32_RESIDENT_BYTES, model_needs
+from tests.entrypoint.helpers import LAPTOP, Prepared
 
 # DeepSeek's own description: 671e9 parameters, 256 experts of 3 x 7168 x 2048 in 58 layers.
 EXPERT_WEIGHTS = 256 * 3 * 7168 * 2048 * 58
 
 
 def values(**settings: str) -> dict[str, object]:
-    return {**load({"KT_DEVICE": "cuda", **settings}).values}
+    return resolve(load({"KT_DEVICE": "cuda", **settings}), LAPTOP)[0]
 
 
 def test_v32_before_it_is_there(tmp_path: Path) -> None:
@@ -29,17 +31,11 @@ def test_v32_before_it_is_there(tmp_path: Path) -> None:
     # Experts of the MTP layer, the rest of it (its own embedding and head) and what is loaded.
     mtp = 256 * needs.expert + 4e9
     assert needs.download == pytest.approx(58 * 256 * needs.expert + mtp + needs.resident, rel=0.01)
-    # The tutorial's card: 27.7 GB with its settings.
-    assert needs.gpu_memory(values()) == pytest.approx(27.7e9, rel=0.02)
     assert needs.memory(values()) == pytest.approx(338e9 + 4e9, rel=0.02)
 
 
 def test_settings_that_change_the_needs(tmp_path: Path) -> None:
     needs = model_needs(tmp_path)
-    one, two = (needs.gpu_memory(values(KT_NUM_GPU_EXPERTS=n)) for n in ("1", "2"))
-    assert two - one == pytest.approx(58 * needs.expert)
-    assert needs.gpu_memory(values(KT_TENSOR_PARALLEL_SIZE="2")) < one
-    assert needs.gpu_memory(values(KT_MAX_TOTAL_TOKENS="none")) < one
     assert needs.memory(values(KT_NUM_GPU_EXPERTS="256")) < 10e9
     assert needs.memory(values(KT_METHOD="AMXINT8")) > 650e9
     assert needs.memory(values(KT_DEVICE="cpu")) > needs.memory(values()) + 30e9

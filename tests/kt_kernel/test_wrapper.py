@@ -12,7 +12,7 @@ from kt_kernel.errors import UserError
 from tests import reference
 from tests.kt_kernel.files import LAYOUTS, write_layer
 from tests.layers import RandomLayer, random_batch
-from tests.shapes import LAYERS, LayerShape
+from tests.shapes import LayerShape
 
 ARGUMENTS = {
     "layer_idx": 3,
@@ -79,6 +79,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
         ({"cpuinfer_threads": 0}, "cpuinfer_threads is 0: expected at least 1"),
         ({"threadpool_count": 0}, "threadpool_count is 0: expected at least 1"),
         ({"mode": "sft"}, "mode is 'sft'"),
+        ({"max_deferred_experts_per_token": -1}, "max_deferred_experts_per_token .* is -1"),
         ({"swiglu_limit": 10.0}, "swiglu_limit 10.0"),
         ({"gpu_experts_mask": torch.ones(3, dtype=torch.bool)}, "gpu_experts_mask is torch.bool"),
         (
@@ -161,16 +162,6 @@ def test_bad_calls() -> None:
 def test_forward_before_weights_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the layer has no weights: call load_weights first"):
         KTMoEWrapper(**ARGUMENTS).forward(*random_batch(SHAPE, 1), 0)
-
-
-def test_deferral_is_announced_and_exact(caplog: pytest.LogCaptureFixture) -> None:
-    KTMoEWrapper._deferral_reported = False
-    layer = RandomLayer(LAYERS[0])
-    batch = random_batch(LAYERS[0], 4)
-    want = layer.wrapper("int8").forward(*batch, 0)
-    found = layer.wrapper("int8", max_deferred_experts_per_token=1).forward(*batch, 0)
-    assert torch.equal(found, want)
-    assert "every expert runs at once" in caplog.text
 
 
 def test_capture_sizes() -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin.activity import (
     KT_FLAG_DEFAULTS,
+    check_first_and_last_layer,
     check_kt_flags,
     check_kt_is_in_use,
     load_model_through_kt,
 )
+from kt_kernel.wrapper import KTMoEWrapper
+from tests.kt_kernel.files import LAYOUTS, write_layer
 
 
 class FusedMoE(torch.nn.Module):
@@ -24,7 +28,9 @@ class FusedMoE(torch.nn.Module):
 
 
 class KTEPWrapperMethod:
-    pass
+    def __init__(self, wrapper: object = None, tp_rank: int = 1) -> None:
+        """Without arguments as in the processes that have no CPU experts."""
+        self.wrapper, self.tp_rank = wrapper, tp_rank
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +86,23 @@ def test_incomplete_flags_are_refused(
     assert f"add {missing}\n" in error
 
 
+@pytest.mark.parametrize("draft", [None, "/m"])
+def test_drafting_with_the_mtp_layer_is_refused(
+    draft: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"model_path": "/m", "speculative_draft_model_path": draft}
+    check_kt_flags(None, flags(**FULL, **given, speculative_algorithm="NGRAM"))
+    check_kt_flags(None, flags(**given, speculative_algorithm="EAGLE"))  # no CPU experts
+    other = {**given, "speculative_draft_model_path": "/other"}
+    check_kt_flags(None, flags(**FULL, **other, speculative_algorithm="EAGLE"))
+    with pytest.raises(SystemExit):
+        check_kt_flags(None, flags(**FULL, **given, speculative_algorithm="NEXTN"))
+    error = capsys.readouterr().err
+    assert error.startswith(
+        "error: --speculative-algorithm NEXTN drafts with the model's MTP layer"
+    )
+
+
 def test_unavailable_kt_kernel_is_refused(
     sglang_modules: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,6 +117,7 @@ def runner(*quant_methods: object, weight_path: str | None = "/w", draft: bool =
     return SimpleNamespace(
         server_args=SimpleNamespace(kt_weight_path=weight_path),
         is_draft_worker=draft,
+        device="cpu",
         model=torch.nn.Sequential(*(FusedMoE(method) for method in quant_methods)),
     )
 
@@ -133,6 +157,47 @@ def test_loading_checks_that_kt_is_in_use() -> None:
     assert loaded == [through_kt]
     with pytest.raises(SystemExit):
         load_model_through_kt(loaded.append, runner(object()))
+
+
+def loaded_layers(folder: Path, damaged: int | None = None) -> Any:
+    """A runner of layers 3 to 6 in any order; of one, memory and file differ."""
+    methods = []
+    for layer_idx in (5, 3, 6, 4):
+        path = write_layer(folder, LAYOUTS["int8"], layer_idx)
+        wrapper = KTMoEWrapper(
+            layer_idx, 4, 2, 256, 64, 0, weight_path=str(folder), method="AMXINT8"
+        )
+        wrapper.load_weights(torch.arange(4))
+        if layer_idx == damaged:
+            sound = path.read_bytes()
+            path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))  # a scale, of the last expert
+        methods.append(KTEPWrapperMethod(wrapper, tp_rank=0))
+    return runner(*methods)
+
+
+def test_the_first_and_the_last_layer_are_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        load_model_through_kt(lambda runner: None, loaded_layers(tmp_path))
+    tested = [text for text in caplog.messages if "self-test" in text]
+    assert [text.split(":")[1] for text in tested] == [
+        " self-test of layer 3",
+        " self-test of layer 6",
+    ]
+    for damaged in (3, 6):
+        with pytest.raises(SystemExit) as stop:
+            load_model_through_kt(lambda runner: None, loaded_layers(tmp_path, damaged))
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: self-test of layer {damaged}: ")
+        assert error.count("\n") == 1
+
+
+def test_layers_without_cpu_experts_are_refused_in_the_first_process() -> None:
+    check_first_and_last_layer(runner(KTEPWrapperMethod(), KTEPWrapperMethod()))
+    with pytest.raises(UserError, match="1 of 1 MoE layers have no CPU experts"):
+        check_first_and_last_layer(runner(KTEPWrapperMethod(tp_rank=0)))
 
 
 def test_other_errors_are_sglangs() -> None:

@@ -1,0 +1,90 @@
+"""Whether a loaded layer computes what its file says, on this CPU and from this memory."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from kt_kernel import packed
+from kt_kernel.errors import UserError
+from kt_kernel.wrapper import PLAIN_TARGET, KTMoEWrapper
+
+logger = logging.getLogger(__name__)
+
+#: Tokens of the batch that runs as decode does, and of the one that is large enough for an expert
+#: to run through matrix tiles; experts of the latter, few because the plain kernel is slow.
+FEW_TOKENS, MANY_TOKENS = 2, 16
+EXPERTS_OF_MANY = 2
+
+
+def check_layer(wrapper: KTMoEWrapper, device: str | torch.device = "cpu") -> None:
+    """Push known batches through the layer; compare with the plain kernel on the file's weights.
+
+    Twice top-k of the CPU's experts, spread over all, are read from the file again. In these, it
+    finds a kernel, a CPU or a way of the data that is wrong, and memory that does not hold what the
+    file says.
+
+    Args:
+        wrapper: with a file's weights loaded.
+        device: where the batches come from, as SGLang's do.
+
+    Raises:
+        UserError: one bit of the outputs differs.
+    """
+    started = time.monotonic()
+    slots = wrapper.cpu_slots()
+    count = min(FEW_TOKENS * wrapper.top_k, len(slots))
+    if count == 0:
+        return  # all experts are on the GPU
+    chosen = [slots[i * len(slots) // count] for i in range(count)]
+    exact, plain = wrapper.without_deferral(), wrapper.plain_copy(chosen)
+    for tokens in (FEW_TOKENS, MANY_TOKENS):
+        x, ids, weights = _batch(wrapper, chosen, tokens)
+        on_device = x.to(device), ids.to(device), weights.to(device)
+        found = exact.forward(*on_device, _stream(device)).cpu()
+        want = plain.forward(x, ids, weights)
+        wrong = int((found != want).sum())  # NaN, too
+        if wrong:
+            error = float((found - want).abs().mean() / want.abs().mean())
+            raise UserError(
+                f"self-test of layer {wrapper.layer_idx}: {wrong} of {want.numel()} outputs for "
+                f"{tokens} tokens differ, by {100 * error:.2g}% on average, from those of the "
+                f"weights in {packed.layer_file_name(wrapper.layer_idx)}: expected the same bits; "
+                f"start again, test the memory, and try KT_TARGET={PLAIN_TARGET}, which is slow"
+            )
+    logger.info(
+        "kt_kernel: self-test of layer %d: %d experts give the bits of target %s, %.1f s",
+        wrapper.layer_idx,
+        count,
+        plain.target,
+        time.monotonic() - started,
+    )
+
+
+def _batch(
+    wrapper: KTMoEWrapper, chosen: list[int], tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x fp32 [T, H], ids int32 [T, k] and weights fp32 [T, k].
+
+    Few tokens take the chosen experts in turn; many take the same ones, so that each has many.
+    """
+    generator = torch.Generator().manual_seed(wrapper.layer_idx)
+    x = torch.randn(tokens, wrapper.hidden_size, dtype=torch.float32, generator=generator)
+    x[:, 1] *= 50  # a channel that stands out, as a few of a large model do
+    ids = torch.full((tokens, wrapper.top_k), -1, dtype=torch.int32)
+    for token in range(tokens):
+        if tokens == FEW_TOKENS:
+            mine = chosen[token * wrapper.top_k :][: wrapper.top_k]
+        else:
+            mine = chosen[:EXPERTS_OF_MANY][: wrapper.top_k]
+        ids[token, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
+    weights = torch.rand(tokens, wrapper.top_k, dtype=torch.float32, generator=generator)
+    return x, ids, weights
+
+
+def _stream(device: str | torch.device) -> int:
+    if torch.device(device).type != "cuda":
+        return 0
+    return int(torch.cuda.current_stream(device).cuda_stream)

@@ -1,0 +1,183 @@
+"""Experts deferred into the next MoE layer's output, against a plain sum over several layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from kt_kernel import KTMoEWrapper
+from kt_kernel.errors import UserError
+from tests import reference
+from tests.layers import RandomLayer, random_batch
+from tests.shapes import LayerShape
+
+SHAPE = LayerShape(16, 8, 256, 64)
+FIRST = 3
+COUNT = 4
+RESIDENT = 2
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def nothing_deferred(layers: list[RandomLayer]) -> Iterator[None]:
+    """Whatever a test leaves behind, a call of the first layer drops."""
+    yield
+    layers[0].wrapper("int8", layer_idx=0).forward(*random_batch(SHAPE, 1), 0)
+    assert KTMoEWrapper._deferred is None
+
+
+@pytest.fixture(scope="module")
+def layers() -> list[RandomLayer]:
+    return [RandomLayer(SHAPE, seed) for seed in range(COUNT)]
+
+
+def wrappers(layers: list[RandomLayer], deferred: int | None, **kwargs) -> list[KTMoEWrapper]:
+    """The layers as SGLang makes them: the last one defers nothing."""
+    return [
+        layer.wrapper(
+            "int8",
+            layer_idx=FIRST + i,
+            num_gpu_experts=RESIDENT,
+            max_deferred_experts_per_token=deferred if i < COUNT - 1 else 0,
+            **kwargs,
+        )
+        for i, layer in enumerate(layers)
+    ]
+
+
+def batch(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> Batch:
+    """A batch with padding: the last of a token's experts, and a whole token."""
+    x, ids, weights = random_batch(SHAPE, tokens, seed, dtype)
+    ids[::3, 5] = -1
+    if tokens > 2:
+        ids[-1] = -1
+    return x, ids, weights
+
+
+def split(ids: torch.Tensor, weights: torch.Tensor, deferred: int) -> tuple[torch.Tensor, ...]:
+    """The ids of now and of later, token by token from the definition."""
+    now, later = ids.clone(), ids.clone()
+    for token, row in enumerate(weights.tolist()):
+        order = sorted(range(len(row)), key=lambda slot: row[slot], reverse=True)
+        now[token, order[len(row) - deferred :]] = -1
+        later[token, order[: len(row) - deferred]] = -1
+    return now, later
+
+
+def run(wrapper: KTMoEWrapper, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """A call as SGLang makes it, which overwrites the ids on the way."""
+    ids = ids.clone()
+    wrapper.submit_forward(x, ids, w, 0)
+    ids.fill_(-1)
+    return wrapper.sync_forward(x, 0)
+
+
+@pytest.mark.parametrize("deferred", [1, 3, 8])
+def test_the_rest_arrives_one_layer_later(layers: list[RandomLayer], deferred: int) -> None:
+    """Each layer's input is the output before it, over passes of changing size."""
+    called = wrappers(layers, deferred)
+    for tokens in (1, 7, 30, 2):
+        x = batch(tokens, tokens)[0]
+        late = np.zeros(x.shape)
+        for i, (wrapper, layer) in enumerate(zip(called, layers, strict=True)):
+            _, ids, weights = batch(tokens, 10 * tokens + i)
+            now, later = split(ids, weights, deferred if i < COUNT - 1 else 0)
+            experts = layer.packed("int8")
+
+            def plain(chosen: torch.Tensor, x=x, weights=weights, experts=experts) -> np.ndarray:
+                on_cpu = torch.where(chosen < RESIDENT, -1, chosen)
+                return reference.moe(x.numpy(), on_cpu.numpy(), weights.numpy(), experts, True)
+
+            found = run(wrapper, x, ids, weights)
+            want = plain(now) + late
+            error = np.abs(found.numpy() - want).mean()
+            assert error <= reference.ONE_STEP * np.abs(want).mean()
+            late = plain(later)
+            x = x + found / 4
+        assert not late.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_parts_are_the_bits_of_whole_calls(
+    layers: list[RandomLayer], dtype: torch.dtype
+) -> None:
+    deferring, plain = wrappers(layers, 3), wrappers(layers, None)
+    for tokens in (5, 40):
+        late = torch.zeros(tokens, SHAPE.hidden_size, dtype=dtype)
+        wanted = []
+        for i, wrapper in enumerate(plain):
+            x, ids, weights = batch(tokens, i, dtype)
+            now, later = split(ids, weights, 3 if i < COUNT - 1 else 0)
+            wanted.append(run(wrapper, x, now, weights) + late)
+            late = run(wrapper, x, later, weights)
+        for i, wrapper in enumerate(deferring):
+            assert torch.equal(run(wrapper, *batch(tokens, i, dtype)), wanted[i])
+
+
+def test_none_is_exact(layers: list[RandomLayer]) -> None:
+    for number in (None, 0):
+        for i, wrapper in enumerate(wrappers(layers, number)):
+            x, ids, weights = batch(9, i)
+            want = layers[i].wrapper("int8", num_gpu_experts=RESIDENT).forward(x, ids, weights, 0)
+            assert torch.equal(run(wrapper, x, ids, weights), want)
+
+
+def test_a_pass_that_was_not_finished_leaves_nothing(layers: list[RandomLayer]) -> None:
+    called = wrappers(layers, 2)
+    want = [run(wrapper, *batch(6, i)) for i, wrapper in enumerate(called)]
+    for stop in range(1, COUNT):
+        for wrapper in called[:stop]:
+            run(wrapper, *batch(33, 77))
+        found = [run(wrapper, *batch(6, i)) for i, wrapper in enumerate(called)]
+        assert all(torch.equal(f, w) for f, w in zip(found, want, strict=True))
+
+
+def test_another_batch_in_between_is_refused(layers: list[RandomLayer]) -> None:
+    called = wrappers(layers, 2)
+    run(called[0], *batch(6, 1))
+    with pytest.raises(UserError, match=r"layer 4 is called with 5 tokens after layer 3 .* of 6 t"):
+        called[1].submit_forward(*batch(5, 1), 0)
+    # That one is forgotten, too.
+    want = layers[1].wrapper("int8", num_gpu_experts=RESIDENT).forward(*batch(5, 1), 0)
+    assert torch.equal(run(wrappers(layers, None)[1], *batch(5, 1)), want)
+
+
+def test_a_bad_id_among_the_deferred_is_refused(layers: list[RandomLayer]) -> None:
+    called = wrappers(layers, 2)
+    x, ids, weights = batch(6, 1)
+    slot = int(weights[0].argmin())
+    ids[0, slot] = SHAPE.num_experts
+    with pytest.raises(UserError, match="layer 3: expert id 16 of token 0"):
+        called[0].submit_forward(x, ids, weights, 0)
+    want = [run(w, *batch(6, i)) for i, w in enumerate(wrappers(layers, 2))]
+    assert torch.equal(run(called[0], *batch(6, 0)), want[0])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(layers: list[RandomLayer], caplog: pytest.LogCaptureFixture) -> None:
+    """Called directly, the bits of the CPU; captured, all experts at once, which is said."""
+    called = wrappers(layers, 2)
+    want = [run(wrapper, *batch(6, i)) for i, wrapper in enumerate(called)]
+    inputs = [tuple(t.cuda() for t in batch(6, i)) for i in range(COUNT)]
+
+    def all_layers() -> list[torch.Tensor]:
+        outputs = []
+        for wrapper, (x, ids, weights) in zip(called, inputs, strict=True):
+            stream = torch.cuda.current_stream().cuda_stream
+            wrapper.submit_forward(x, ids, weights, stream)
+            outputs.append(wrapper.sync_forward(x, stream))
+        return outputs
+
+    assert all(torch.equal(f.cpu(), w) for f, w in zip(all_layers(), want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = all_layers()
+    assert "calls in CUDA graphs defer no experts" in caplog.text
+    graph.replay()
+    torch.cuda.synchronize()
+    exact = [run(wrapper, *batch(6, i)) for i, wrapper in enumerate(wrappers(layers, None))]
+    assert all(torch.equal(f.cpu(), w) for f, w in zip(captured, exact, strict=True))
