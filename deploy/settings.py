@@ -323,8 +323,8 @@ TABLE: tuple[Setting, ...] = (
         ADDED, ("serve", "check"), _serve("--disable-prefill-cuda-graph", inverted=True),
         tutorial="0",
         adds="--disable-prefill-cuda-graph",
-        reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a "
-        "card, and prefill is bound by the CPU experts, which a graph does not speed up",
+        reason="a whole server with graphs has not been tested on a card yet, and prefill is bound "
+        "by the CPU experts, which a graph does not speed up",
         turn_off="KT_PREFILL_CUDA_GRAPH=1",
     ),
     Setting(
@@ -333,7 +333,7 @@ TABLE: tuple[Setting, ...] = (
         ADDED, ("serve", "check"), _serve("--disable-decode-cuda-graph", inverted=True),
         tutorial="0",
         adds="--disable-decode-cuda-graph",
-        reason="captured calls are tested on a stand-in for the CUDA runtime and not yet on a card",
+        reason="captured calls are tested on a card by themselves, not yet a whole server",
         turn_off="KT_DECODE_CUDA_GRAPH=1",
     ),
     Setting(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -70,18 +71,22 @@ def _batch(
 
     Few tokens take the chosen experts in turn; many take the same ones, so that each has many.
     """
-    generator = torch.Generator().manual_seed(wrapper.layer_idx)
-    x = torch.randn(tokens, wrapper.hidden_size, dtype=torch.float32, generator=generator)
+    # "cpu" is said everywhere: SGLang may have made the GPU the default device.
+    generator = torch.Generator("cpu").manual_seed(wrapper.layer_idx)
+
+    def drawn(kind: Callable[..., torch.Tensor], *shape: int) -> torch.Tensor:
+        return kind(*shape, dtype=torch.float32, generator=generator, device="cpu")
+
+    x = drawn(torch.randn, tokens, wrapper.hidden_size)
     x[:, 1] *= 50  # a channel that stands out, as a few of a large model do
-    ids = torch.full((tokens, wrapper.top_k), -1, dtype=torch.int32)
+    ids = torch.full((tokens, wrapper.top_k), -1, dtype=torch.int32, device="cpu")
     for token in range(tokens):
         if tokens == FEW_TOKENS:
             mine = chosen[token * wrapper.top_k :][: wrapper.top_k]
         else:
             mine = chosen[:EXPERTS_OF_MANY][: wrapper.top_k]
-        ids[token, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
-    weights = torch.rand(tokens, wrapper.top_k, dtype=torch.float32, generator=generator)
-    return x, ids, weights
+        ids[token, : len(mine)] = torch.tensor(mine, dtype=torch.int32, device="cpu")
+    return x, ids, drawn(torch.rand, tokens, wrapper.top_k)
 
 
 def _stream(device: str | torch.device) -> int:
