@@ -49,11 +49,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def settings(work: Path, hub: str, port: int) -> dict[str, str]:
-    """The environment of all stages. What is not named has the tutorial's value."""
-    # KT_* of the caller's shell are for a real host, and would be mixed into the demo.
+def stage_environment(settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a stage with these settings; all others have the tutorial's values."""
+    # KT_* of the caller's shell are for a real host, and would be mixed in.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KT_") or k == "KT_TARGET"}
-    return kept | {
+    return kept | settings
+
+
+def settings(work: Path, hub: str, port: int) -> dict[str, str]:
+    """The environment of all stages of the demo."""
+    demo = {
         "HF_ENDPOINT": hub,
         "KT_MODEL_ID": REPO_ID,
         "KT_MODEL_PATH": str(work / "models" / "DeepSeek-V3.2-tiny"),
@@ -63,6 +68,7 @@ def settings(work: Path, hub: str, port: int) -> dict[str, str]:
         "KT_PORT": str(port),
         "KT_SMOKE_MAX_TOKENS": "48",
     }
+    return stage_environment(demo)
 
 
 def stage(name: str, environment: dict[str, str]) -> None:
