@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ TOP = 64
 """Log-probabilities kept of each position; the rest of the vocabulary counts as one event."""
 MAX_ANSWER_TOKENS = 64
 TIMEOUT = 600.0
+AT_ONCE = 8
+"""Requests in flight: a batch takes little longer than one."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +131,23 @@ def ask(url: str, model: str, prompts: Sequence[Prompt], output: Path) -> list[R
     with (
         httpx.Client(base_url=url.rstrip("/"), timeout=TIMEOUT, trust_env=False) as client,
         output.open("a", encoding="utf-8") as file,
+        ThreadPoolExecutor(AT_ONCE) as pool,
     ):
-        for prompt in prompts:
-            if prompt.id in done:
-                continue
-            try:
-                done[prompt.id] = ask_one(client, model, prompt)
-            except httpx.HTTPStatusError as error:
-                raise BenchmarkError(
-                    f"{url} refuses ({error.response.status_code}): {error.response.text[:300]}"
-                ) from None
-            except httpx.HTTPError as error:
-                raise BenchmarkError(f"{url} does not answer: {error or type(error)}") from None
-            file.write(json.dumps(asdict(done[prompt.id])) + "\n")
-            file.flush()
+        asked = [pool.submit(ask_one, client, model, p) for p in prompts if p.id not in done]
+        try:
+            for future in as_completed(asked):
+                result = future.result()
+                done[result.prompt.id] = result
+                file.write(json.dumps(asdict(result)) + "\n")
+                file.flush()
+        except httpx.HTTPStatusError as error:
+            raise BenchmarkError(
+                f"{url} refuses ({error.response.status_code}): {error.response.text[:300]}"
+            ) from None
+        except httpx.HTTPError as error:
+            raise BenchmarkError(f"{url} does not answer: {error or type(error)}") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
     return [done[prompt.id] for prompt in prompts]
 
 

@@ -31,7 +31,8 @@ from examples.tiny.fp8 import dequantize_blocks
 from examples.tiny.tasks import evaluation_examples
 from examples.tiny.tensors import SCALE_SUFFIX
 from examples.tiny.train import HELD_OUT_PER_TASK, HELD_OUT_SEED
-from examples.tiny.trained import CHECKPOINT, hashes
+from examples.tiny.trained import CHECKPOINT, hashes, recipe
+from kt_kernel.packed import SERVED_AS
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy.json"
 
@@ -51,13 +52,14 @@ VARIANTS = {
     ORIGINAL: Variant("FP8 original", "int8", resident=16),
     "int8": Variant("INT8", "int8"),
     "int4": Variant("INT4", "int4"),
+    "int4-4x8": Variant("INT4, 4 x 8", "int4-4x8"),
     "row-int4": Variant("INT4, one scale a row", "int8", round_experts=per_row_int4),
 }
 
 
 def prompts() -> list[Prompt]:
     """The tiny model's held-out questions."""
-    examples = evaluation_examples(HELD_OUT_SEED, HELD_OUT_PER_TASK)
+    examples = evaluation_examples(HELD_OUT_SEED, HELD_OUT_PER_TASK, recipe()["facts"])
     return [Prompt(f"{e.task}/{i}", e.task, e.question, e.answer) for i, e in enumerate(examples)]
 
 
@@ -100,7 +102,7 @@ def measure(key: str, work: Path) -> list[Result]:
     environment = {
         **{"KT_DEVICE": "cpu", "KT_HOST": "127.0.0.1", "KT_PORT": str(free_port())},
         **{"KT_MODEL_PATH": str(model), "KT_WEIGHT_PATH": str(weights)},
-        **{"KT_QUANT_METHOD": variant.method, "KT_METHOD": f"AMX{variant.method.upper()}"},
+        **{"KT_QUANT_METHOD": variant.method, "KT_METHOD": SERVED_AS[variant.method]},
         "KT_INPUT_TYPE": "bf16" if variant.round_experts else "fp8",
         "KT_NUM_GPU_EXPERTS": str(variant.resident),
         "KT_RUN_DIR": str(work / f"{key}-run"),

@@ -7,9 +7,9 @@ compares with SGLang's own encoder.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 from zlib import crc32
 
@@ -89,11 +89,23 @@ def _split(evaluation: bool, draw: Callable[[], T]) -> T:
             return operands
 
 
-def _sum(source: random.Random, evaluation: bool) -> Example:
+def _operands(source: random.Random, evaluation: bool, digits: int) -> tuple[int, int]:
+    """Two numbers of so many digits; a pair in either order is on the same side of the split."""
+    low, high = 10 ** (digits - 1), 10**digits - 1
     while True:
-        a, b = source.randint(10, 99), source.randint(10, 99)
+        a, b = source.randint(low, high), source.randint(low, high)
         if held_out(min(a, b), max(a, b)) == evaluation:
-            return Example("sum", f"What is {a} + {b}?", str(a + b))
+            return a, b
+
+
+def _sum(digits: int, source: random.Random, evaluation: bool) -> Example:
+    a, b = _operands(source, evaluation, digits)
+    return Example(f"sum, {digits} digits", f"What is {a} + {b}?", str(a + b))
+
+
+def _difference(digits: int, source: random.Random, evaluation: bool) -> Example:
+    a, b = sorted(_operands(source, evaluation, digits), reverse=True)
+    return Example(f"difference, {digits} digits", f"What is {a} - {b}?", str(a - b))
 
 
 def _words(source: random.Random, evaluation: bool) -> list[str]:
@@ -124,21 +136,25 @@ def _recall(source: random.Random, evaluation: bool) -> Example:
 
     names, colours, things = _split(evaluation, draw)
     said = [f"{n} has a {c} {t}." for n, c, t in zip(names, colours, things, strict=True)]
-    asked = source.randrange(len(names))
-    question = f"{' '.join(said)} What does {names[asked]} have?"
-    return Example("recall", question, f"A {colours[asked]} {things[asked]}.")
+    asked = source.sample(range(len(names)), source.randint(1, len(names)))
+    who = " and ".join(names[i] for i in asked)
+    question = f"{' '.join(said)} What {'does' if len(asked) == 1 else 'do'} {who} have?"
+    return Example("recall", question, " ".join(said[i] for i in asked))
 
 
 @cache
-def facts() -> list[Example]:
-    """What the table of settings says: the default of each setting that has one."""
-    return [
-        Example("facts", f"What is the default of {s.name}?", s.default) for s in TABLE if s.default
-    ]
+def defaults() -> dict[str, str]:
+    """What the table of settings says now: the default of each setting that has one."""
+    return {s.name: s.default for s in TABLE if s.default}
+
+
+def facts(known: dict[str, str]) -> list[Example]:
+    """Questions about the defaults of these settings."""
+    return [Example("facts", f"What is the default of {n}?", known[n]) for n in known]
 
 
 def _fact(source: random.Random, evaluation: bool) -> Example:
-    return source.choice(facts())
+    return source.choice(facts(defaults()))
 
 
 def _greeting(source: random.Random, evaluation: bool) -> Example:
@@ -147,35 +163,59 @@ def _greeting(source: random.Random, evaluation: bool) -> Example:
 
 
 TASKS: dict[str, tuple[Callable[[random.Random, bool], Example], float]] = {
-    "sum": (_sum, 0.40),
-    "sort": (_sort, 0.10),
-    "copy": (_copy, 0.10),
-    "reverse": (_reverse, 0.12),
+    "sum, 2 digits": (partial(_sum, 2), 0.16),
+    "sum, 3 digits": (partial(_sum, 3), 0.14),
+    "difference, 2 digits": (partial(_difference, 2), 0.14),
+    "difference, 3 digits": (partial(_difference, 3), 0.12),
+    "sort": (_sort, 0.07),
+    "copy": (_copy, 0.07),
+    "reverse": (_reverse, 0.09),
     "recall": (_recall, 0.13),
-    "facts": (_fact, 0.11),
-    "greeting": (_greeting, 0.04),
+    "facts": (_fact, 0.06),
+    "greeting": (_greeting, 0.02),
 }
-"""Task -> its generator and its share of the training examples."""
+"""Task -> its generator and its share of the training examples before any is learned."""
 
 
-def training_examples(seed: int) -> Iterator[Example]:
-    """Endless examples, each task at its share."""
-    source = random.Random(seed)
-    names, shares = list(TASKS), [share for _, share in TASKS.values()]
-    while True:
-        name = source.choices(names, shares)[0]
-        yield TASKS[name][0](source, False)
+class Mixture:
+    """Endless training examples; a task gets rarer as its answers get right.
+
+    A task that is always right keeps ``FLOOR`` of its weight against the others.
+    """
+
+    FLOOR = 0.15
+    MEMORY = 0.98
+    """Share of the old estimate that one more answer leaves."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = random.Random(seed)
+        self._right = dict.fromkeys(TASKS, 0.0)
+
+    def draw(self) -> Example:
+        """The next example."""
+        weights = [
+            share * (1 - (1 - self.FLOOR) * self._right[name]) for name, (_, share) in TASKS.items()
+        ]
+        name = self._source.choices(list(TASKS), weights)[0]
+        return TASKS[name][0](self._source, False)
+
+    def learn(self, task: str, right: bool) -> None:
+        """Note how an example of ``task`` was answered."""
+        self._right[task] = self.MEMORY * self._right[task] + (1 - self.MEMORY) * right
 
 
-def evaluation_examples(seed: int, per_task: int) -> list[Example]:
+def evaluation_examples(
+    seed: int, per_task: int, known: dict[str, str] | None = None
+) -> list[Example]:
     """Up to ``per_task`` different examples of each task, of operands that training never uses.
 
-    Facts and greetings have no unseen operands: all of them are asked, each once.
+    Facts and greetings have no unseen operands: all of them are asked, each once. ``known`` is
+    what a model was trained on of the settings' defaults, which may have changed since.
     """
     examples: list[Example] = []
     for name, (make, _) in TASKS.items():
         if name == "facts":
-            examples += facts()
+            examples += facts(defaults() if known is None else known)
         elif name == "greeting":
             examples += [Example("greeting", q, a) for q, a in GREETINGS.items()]
         else:

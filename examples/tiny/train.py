@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.nn import functional
 from examples.tiny.config import TinySizes
 from examples.tiny.make_checkpoint import write_checkpoint
 from examples.tiny.model import TinyModel
-from examples.tiny.tasks import Example, evaluation_examples, training_examples
+from examples.tiny.tasks import TASKS, Example, Mixture, defaults, evaluation_examples
 from examples.tiny.tensors import TensorSpec, tensor_value
 from examples.tiny.tokenizer import CORPUS, EOS, build_tokenizer
 from examples.tiny.trained import CHECKPOINT, RECIPE, hashes, load, published_tensors
@@ -44,9 +44,9 @@ SEED = 1
 TOKENIZER_SEED, TOKENIZER_EXAMPLES = 2, 8000
 HELD_OUT_SEED, HELD_OUT_PER_TASK = 3, 200
 PROCESSES = 2
-BATCH, CHUNKS = 48, 2
+BATCH, CHUNKS = 64, 3
 """Examples of one step in one process, and the parts, of similar lengths, it is computed in."""
-STEPS = 8000
+STEPS = 7000
 LEARNING_RATE, WARM_UP, DECAY = 2e-3, 100, 0.3
 BIAS_STEP = 1e-3
 """Step of the router's correction bias towards an even load, as DeepSeek V3 was trained."""
@@ -54,63 +54,64 @@ BIAS_STEP = 1e-3
 
 def trained_tokenizer() -> Tokenizer:
     """The tokenizer of the trained checkpoint: the tasks' words, and one token a digit."""
-    examples = training_examples(TOKENIZER_SEED)
+    mixture = Mixture(TOKENIZER_SEED)
     lines = CORPUS.read_text("utf-8").splitlines(keepends=True)
     for _ in range(TOKENIZER_EXAMPLES):
-        example = next(examples)
+        example = mixture.draw()
         lines += [example.question, example.answer]
     # Without digits in the corpus no two of them merge.
     return build_tokenizer(SIZES.vocab_size, (re.sub(r"\d", "", line) for line in lines))
 
 
-def batches(
-    tokenizer: Tokenizer, examples: list[Example], parts: int
-) -> list[tuple[Tensor, Tensor]]:
-    """``parts`` pairs of inputs, int64 [B, T], and targets, the same with -100 where none is."""
+class Batch(NamedTuple):
+    """Examples of similar lengths: inputs, int64 [B, T], targets, the same with -100 where none
+    is, and the task of each row."""
+
+    inputs: Tensor
+    targets: Tensor
+    tasks: list[str]
+
+
+def batches(tokenizer: Tokenizer, examples: list[Example], parts: int) -> list[Batch]:
+    """The examples in about ``parts`` batches."""
     prompts = tokenizer.encode_batch([e.prompt for e in examples])
     answers = tokenizer.encode_batch([e.answer + EOS for e in examples])
     rows = sorted(
-        ((p.ids, a.ids) for p, a in zip(prompts, answers, strict=True)),
+        ((p.ids, a.ids, e.task) for p, a, e in zip(prompts, answers, examples, strict=True)),
         key=lambda row: len(row[0]) + len(row[1]),
     )
     size = -(-len(rows) // parts)
     result = []
     for start in range(0, len(rows), size):
         chunk = rows[start : start + size]
-        length = max(len(p) + len(a) for p, a in chunk) - 1
+        length = max(len(p) + len(a) for p, a, _ in chunk) - 1
         inputs = torch.zeros(len(chunk), length, dtype=torch.long)
         targets = torch.full_like(inputs, -100)
-        for i, (p, a) in enumerate(chunk):
+        for i, (p, a, _) in enumerate(chunk):
             both = torch.tensor(p + a)
             inputs[i, : len(both) - 1] = both[:-1]
             targets[i, len(p) - 1 : len(both) - 1] = both[len(p) :]
-        result.append((inputs, targets))
+        result.append(Batch(inputs, targets, [task for _, _, task in chunk]))
     return result
-
-
-def answer_logits(model: TinyModel, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits, [answer tokens, vocabulary], and targets of the positions that have one."""
-    hidden = model(inputs)
-    wanted = targets >= 0
-    return hidden[wanted] @ model.head.t(), targets[wanted]
 
 
 @torch.no_grad()
 def accuracy(model: TinyModel, tokenizer: Tokenizer, examples: list[Example]) -> dict[str, float]:
     """Share of each task's examples whose greedy answer is right to the last token."""
     model.eval()
-    right: dict[str, list[float]] = {}
-    by_task: dict[str, list[Example]] = {}
-    for example in examples:
-        by_task.setdefault(example.task, []).append(example)
-    for task, chosen in by_task.items():
-        for inputs, targets in batches(tokenizer, chosen, 4):
-            best = model.logits(inputs).argmax(-1)
-            right.setdefault(task, []).extend(
-                ((best == targets) | (targets < 0)).all(1).float().tolist()
-            )
+    right: dict[str, list[bool]] = {task: [] for task in TASKS}
+    for batch in batches(tokenizer, examples, -(-len(examples) // 50)):
+        hits = model.logits(batch.inputs).argmax(-1) == batch.targets
+        for task, hit in zip(batch.tasks, all_right(hits, batch.targets), strict=True):
+            right[task].append(hit)
     model.train()
     return {task: sum(values) / len(values) for task, values in right.items()}
+
+
+def all_right(hits: Tensor, targets: Tensor) -> list[bool]:
+    """Whether each row is right wherever it has a target."""
+    answers: list[bool] = (hits | (targets < 0)).all(1).tolist()
+    return answers
 
 
 def rate(step: int, steps: int) -> float:
@@ -140,19 +141,25 @@ def train(rank: int, steps: int, state_path: Path) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first, tokens, cpu = state["step"], state["tokens"], state["CPU seconds"]
     # A training that went on draws examples that it has not drawn before.
-    examples = training_examples(SEED + 1000 * rank + 1_000_000 * first)
+    mixture = Mixture(SEED + 1000 * rank + 1_000_000 * first)
     held_out = evaluation_examples(HELD_OUT_SEED, 60)
     started, losses = time.monotonic(), []
     cpu -= PROCESSES * time.process_time()
     for step in range(first, steps):
-        parts = batches(tokenizer, [next(examples) for _ in range(BATCH)], CHUNKS)
-        count = sum(int((targets >= 0).sum()) for _, targets in parts)
+        parts = batches(tokenizer, [mixture.draw() for _ in range(BATCH)], CHUNKS)
+        count = sum(int((part.targets >= 0).sum()) for part in parts)
         total = 0.0
-        for inputs, targets in parts:
-            loss = functional.cross_entropy(*answer_logits(model, inputs, targets), reduction="sum")
+        for part in parts:
+            wanted = part.targets >= 0
+            logits = model(part.inputs)[wanted] @ model.head.t()
+            loss = functional.cross_entropy(logits, part.targets[wanted], reduction="sum")
             (loss / count).backward()
             total += float(loss.detach()) / count
-            tokens += PROCESSES * inputs.numel()
+            tokens += PROCESSES * part.inputs.numel()
+            hits = torch.zeros_like(wanted)
+            hits[wanted] = logits.argmax(-1) == part.targets[wanted]
+            for task, right in zip(part.tasks, all_right(hits, part.targets), strict=True):
+                mixture.learn(task, right)
         losses.append(total)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         loads = [moe.load for moe in model.moe_layers]
@@ -214,21 +221,22 @@ def export(state_path: Path, output: Path) -> int:
 
 
 @torch.no_grad()
-def scores(folder: Path) -> dict[str, Any]:
+def scores(folder: Path, known: dict[str, str]) -> dict[str, Any]:
     """Accuracy of each task on held-out questions, and each MoE layer's lightest and heaviest load.
 
     Of the checkpoint in ``folder``, so after rounding to FP8; a load of 1 is an even share.
+    ``known``: the settings' defaults that it was trained on.
     """
     model = load(folder, TinyModel(SIZES))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    examples = evaluation_examples(HELD_OUT_SEED, HELD_OUT_PER_TASK)
+    examples = evaluation_examples(HELD_OUT_SEED, HELD_OUT_PER_TASK, known)
     result: dict[str, Any] = {"accuracy": accuracy(model, tokenizer, examples)}
     for moe in model.moe_layers:
         moe.load.zero_()
     model.train()  # only then is the load counted
-    source = training_examples(HELD_OUT_SEED)
-    for inputs, _ in batches(tokenizer, [next(source) for _ in range(2000)], 20):
-        model(inputs)
+    mixture = Mixture(HELD_OUT_SEED)
+    for batch in batches(tokenizer, [mixture.draw() for _ in range(2000)], 20):
+        model(batch.inputs)
     loads = [moe.load / moe.load.mean() for moe in model.moe_layers]
     result["expert load"] = [[round(float(x), 2) for x in (v.min(), v.max())] for v in loads]
     return result
@@ -255,12 +263,13 @@ def main(argv: list[str] | None = None) -> int:
         "steps": state["step"],
         "tokens": state["tokens"],
         "CPU minutes": round(state["CPU seconds"] / 60, 1),
-        **scores(CHECKPOINT),
+        **scores(CHECKPOINT, defaults()),
+        "facts": defaults(),
         "sha256": hashes(CHECKPOINT),
     }
     RECIPE.write_text(json.dumps(recipe, indent=1) + "\n", "utf-8")
     print(f"{CHECKPOINT}: {nbytes / 1e6:.1f} MB of tensors")
-    print(json.dumps({k: v for k, v in recipe.items() if k != "sha256"}, indent=1))
+    print(json.dumps({k: v for k, v in recipe.items() if k not in ("facts", "sha256")}, indent=1))
     return 0
 
 

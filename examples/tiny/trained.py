@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,7 +18,19 @@ from examples.tiny.tensors import EMBEDDING, HEAD, SCALE_SUFFIX
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 RECIPE = Path(__file__).with_name("checkpoint.json")
-"""Seed, steps, scores and the SHA-256 of each of the checkpoint's files."""
+
+
+def copy_checkpoint(output: Path) -> int:
+    """Make ``output`` a copy of the checkpoint; returns its bytes."""
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(CHECKPOINT, output)
+    return sum(file.stat().st_size for file in output.iterdir())
+
+
+def recipe() -> dict[str, Any]:
+    """Seed, steps, scores, facts and the SHA-256 of each of the checkpoint's files."""
+    content: dict[str, Any] = json.loads(RECIPE.read_text("utf-8"))
+    return content
 
 
 def hashes(folder: Path) -> dict[str, str]:
