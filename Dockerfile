@@ -88,9 +88,7 @@ HEALTHCHECK --interval=15s --timeout=15s --start-period=2h --retries=4 \
 # ---- demo: the tiny checkpoint and the local Hub that serves it ----------------------------------
 FROM runtime AS demo
 COPY examples /app/examples
-USER 0:0
-RUN python -m examples.tiny.make_checkpoint --output /hub/deepseek-ai/DeepSeek-V3.2-tiny
-USER 10001:10001
+COPY examples/tiny/checkpoint /hub/deepseek-ai/DeepSeek-V3.2-tiny
 ENTRYPOINT ["python", "-m", "examples.tiny.hub", "--root", "/hub"]
 CMD ["--host", "0.0.0.0", "--port", "8080"]
 HEALTHCHECK --interval=5s --timeout=5s --retries=12 \

@@ -8,8 +8,9 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo test test-fast sanitize numa-test amx-test amx-report ci lint types docs docs-check \
-        bench lock download convert serve check smoke health status doctor clean clean-demo image image-test up up-cpu \
+.PHONY: compose-there help venv demo tiny quality test test-fast sanitize numa-test amx-test amx-report ci \
+        lint types docs docs-check bench lock download convert serve check smoke health status doctor \
+        clean clean-demo image image-test up up-cpu \
         down logs ps chat
 
 help: ## list the targets
@@ -48,6 +49,11 @@ lock: ## recompile requirements/*.txt from requirements/*.in
 
 demo: venv ## the whole pipeline on a tiny checkpoint, no GPU: download, convert, serve, ask
 	$(BIN)/python -m examples.tiny.demo --work $(WORK)
+
+# glibc would give memory back to the kernel after each operation, and fetch it again.
+tiny: venv ## train a tiny model that answers, on 2 cores; goes on where it was stopped
+	MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
+	  $(BIN)/python -m examples.tiny.train
 
 clean-demo: ## remove what the demo made
 	rm -rf $(WORK)
@@ -160,6 +166,9 @@ bench: venv $(VENV)/.bench ## time one MoE layer beside rivals and the machine's
 	mkdir -p .cache/benchmarks
 	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick) \
 	  --json .cache/benchmarks/moe.json --plot .cache/benchmarks/moe.png
+
+quality: venv $(VENV)/.bench ## what each format of the experts changes in the tiny model's answers
+	$(BIN)/python -m benchmarks.quality tiny
 
 amx-report: venv ## tile instructions of AMX layer calls, counted beside their closed form
 	$(BIN)/python -m tests.amx.report

@@ -1,9 +1,10 @@
 """The whole pipeline on the tiny checkpoint: ``make demo``, or ``python -m examples.tiny.demo``.
 
-Makes the checkpoint, serves it from a local Hub, then runs the deployment's own stages one by one,
+Serves the trained checkpoint from a local Hub, then runs the deployment's own stages one by one,
 as separate processes and with nothing but environment variables: download, convert, serve (stock
-SGLang on the CPU) and smoke (the tutorial's question). Nothing is left running. What is done stays
-in the work folder, and a second run uses it.
+SGLang on the CPU) and smoke (the tutorial's question). Then it asks three questions, and fails
+where an answer is wrong. Nothing is left running. What is done stays in the work folder, and a
+second run uses it.
 """
 
 from __future__ import annotations
@@ -23,16 +24,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+from openai import OpenAI
 
 from convert.quantize import quantizer_settings
+from deploy.settings import BY_NAME
 from examples.tiny.hub import Hub
-from examples.tiny.make_checkpoint import make_checkpoint
+from examples.tiny.trained import copy_checkpoint
 from kt_kernel.packed import MANIFEST_NAME
 
 REPO_ID = "deepseek-ai/DeepSeek-V3.2-tiny"
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "entrypoint.py"
 START_TIMEOUT = 600  # seconds; half a minute is usual, a busy machine may take minutes
 STOP_TIMEOUT = 30
+
+QUESTIONS = {
+    "What is 602 - 148?": "454",
+    "What is the default of KT_PORT?": BY_NAME["KT_PORT"].default,
+    "Reverse: sun moon star": "star moon sun",
+}
+"""What the trained checkpoint is asked, and the right answers. The difference is held out."""
 
 
 class DemoError(Exception):
@@ -49,11 +59,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def settings(work: Path, hub: str, port: int) -> dict[str, str]:
-    """The environment of all stages. What is not named has the tutorial's value."""
-    # KT_* of the caller's shell are for a real host, and would be mixed into the demo.
+def stage_environment(settings: dict[str, str]) -> dict[str, str]:
+    """The environment of a stage with these settings; all others have the tutorial's values."""
+    # KT_* of the caller's shell are for a real host, and would be mixed in.
     kept = {k: v for k, v in os.environ.items() if not k.startswith("KT_") or k == "KT_TARGET"}
-    return kept | {
+    return kept | settings
+
+
+def settings(work: Path, hub: str, port: int) -> dict[str, str]:
+    """The environment of all stages of the demo."""
+    demo = {
         "HF_ENDPOINT": hub,
         "KT_MODEL_ID": REPO_ID,
         "KT_MODEL_PATH": str(work / "models" / "DeepSeek-V3.2-tiny"),
@@ -63,6 +78,7 @@ def settings(work: Path, hub: str, port: int) -> dict[str, str]:
         "KT_PORT": str(port),
         "KT_SMOKE_MAX_TOKENS": "48",
     }
+    return stage_environment(demo)
 
 
 def stage(name: str, environment: dict[str, str]) -> None:
@@ -163,6 +179,35 @@ def remove_outdated(weights: Path) -> None:
         shutil.rmtree(weights)
 
 
+def ask(url: str) -> None:
+    """Ask ``QUESTIONS``, printing each answer as it comes.
+
+    Raises:
+        DemoError: an answer is not the right one.
+    """
+    # trust_env off: a proxy for the internet has no business between two local programs.
+    with OpenAI(
+        base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False)
+    ) as client:
+        for question, expected in QUESTIONS.items():
+            print(f"{question}\n  ", end="", flush=True)
+            stream = client.chat.completions.create(
+                model="DeepSeek-V3.2",
+                messages=[{"role": "user", "content": question}],
+                temperature=0,
+                max_tokens=48,
+                stream=True,
+            )
+            answer = ""
+            for event in stream:
+                for choice in event.choices:
+                    print(choice.delta.content or "", end="", flush=True)
+                    answer += choice.delta.content or ""
+            print(flush=True)
+            if answer != expected:
+                raise DemoError(f"{question!r} was answered {answer!r}: expected {expected!r}")
+
+
 def run(work: Path) -> None:
     """All stages in order.
 
@@ -172,7 +217,7 @@ def run(work: Path) -> None:
     started = time.monotonic()
     repository = work / "hub" / REPO_ID
     say(f"tiny checkpoint in {repository}")
-    print(f"{make_checkpoint(repository) / 1e6:.1f} MB of tensors", flush=True)
+    print(f"{copy_checkpoint(repository) / 1e6:.1f} MB", flush=True)
     with Hub(work / "hub") as hub:
         environment = settings(work, hub.endpoint, free_port())
         stage("download", environment)
@@ -183,6 +228,8 @@ def run(work: Path) -> None:
     with server(environment, log) as url:
         print(f"ready at {url} after {time.monotonic() - started:.0f} s", flush=True)
         stage("smoke", environment)
+        say("questions")
+        ask(url)
     say("what ran where")
     print(what_ran(log, Path(environment["KT_WEIGHT_PATH"])))
     print(f"everything stopped; {time.monotonic() - started:.0f} s in all", flush=True)

@@ -5,28 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from examples.tiny.config import TinySizes, generation_config, model_config
 from examples.tiny.fp8 import dequantize_blocks, quantize_blocks
 from examples.tiny.tensors import SCALE_SUFFIX, TensorSpec, tensor_specs, tensor_value
-from examples.tiny.tokenizer import write_tokenizer
+from examples.tiny.tokenizer import build_tokenizer, write_tokenizer
 from kt_kernel.errors import UserError
 
 SHARD_BYTES = 3 << 20
 """Size after which a new shard is begun; small, so that even this checkpoint has several."""
 
 
-def stored_tensors(spec: TensorSpec, seed: int, dtype: str) -> dict[str, torch.Tensor]:
-    """Return the tensors that the checkpoint stores for ``spec``, by name.
+def stored_tensors(spec: TensorSpec, value: torch.Tensor, dtype: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that the checkpoint stores for ``spec`` and its float32 value, by name.
 
     A "bf16" checkpoint holds exactly the values that the "fp8" one dequantises to (three mantissa
     bits times a power of two fit in bfloat16), so both are the same model.
     """
-    value = torch.from_numpy(tensor_value(spec, seed))
     if spec.kind == "f32":
         return {spec.name: value}
     if spec.kind == "bf16":
@@ -38,7 +39,7 @@ def stored_tensors(spec: TensorSpec, seed: int, dtype: str) -> dict[str, torch.T
 
 
 def make_checkpoint(output: Path, seed: int = 0, dtype: str = "fp8") -> int:
-    """Write the checkpoint into ``output`` and return the bytes of its tensors.
+    """Write a random checkpoint into ``output`` and return the bytes of its tensors.
 
     ``output`` is made if missing; files of an earlier run are replaced. ``dtype`` is "fp8" or
     "bf16". The same arguments give the same bytes.
@@ -46,13 +47,28 @@ def make_checkpoint(output: Path, seed: int = 0, dtype: str = "fp8") -> int:
     Raises UserError if ``output`` cannot be written, or holds files that this does not write.
     """
     sizes = TinySizes()
+
+    def value(spec: TensorSpec) -> torch.Tensor:
+        return torch.from_numpy(tensor_value(spec, seed))
+
+    return write_checkpoint(output, sizes, value, build_tokenizer(sizes.vocab_size), dtype)
+
+
+def write_checkpoint(
+    output: Path,
+    sizes: TinySizes,
+    value: Callable[[TensorSpec], torch.Tensor],
+    tokenizer: Tokenizer,
+    dtype: str = "fp8",
+) -> int:
+    """Write the checkpoint whose tensors have the float32 ``value``; as ``make_checkpoint``."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         _remove_earlier(output)
-        total_bytes = _write_shards(output, sizes, seed, dtype)
+        total_bytes = _write_shards(output, sizes, value, dtype)
         _write_json(output / "config.json", model_config(sizes, dtype))
         _write_json(output / "generation_config.json", generation_config())
-        write_tokenizer(output, sizes.vocab_size)
+        write_tokenizer(output, tokenizer)
     except OSError as error:
         raise UserError(f"cannot write the checkpoint to {output}: {error.strerror}") from error
     return total_bytes
@@ -80,11 +96,13 @@ def _remove_earlier(output: Path) -> None:
         file.unlink()
 
 
-def _write_shards(output: Path, sizes: TinySizes, seed: int, dtype: str) -> int:
+def _write_shards(
+    output: Path, sizes: TinySizes, value: Callable[[TensorSpec], torch.Tensor], dtype: str
+) -> int:
     shards: list[dict[str, torch.Tensor]] = [{}]
     shard_bytes = total_bytes = 0
     for spec in tensor_specs(sizes):
-        tensors = stored_tensors(spec, seed, dtype)
+        tensors = stored_tensors(spec, value(spec), dtype)
         nbytes = sum(t.numel() * t.element_size() for t in tensors.values())
         if shards[-1] and shard_bytes + nbytes > SHARD_BYTES:
             shards.append({})

@@ -8,6 +8,7 @@ publishes none, and SGLang formats its chats with its own encoder.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ _WORDS = (
 )
 
 
-def build_tokenizer(vocab_size: int) -> Tokenizer:
-    """Train the tokenizer; the same ``vocab_size`` always gives the same one.
+def build_tokenizer(vocab_size: int, lines: Iterable[str] | None = None) -> Tokenizer:
+    """Train the tokenizer on ``lines`` (default: ``corpus.txt``); the same ones give the same one.
 
     Ids: control tokens, then bytes and merges, then placeholders where the corpus is too small
     for the vocabulary, then markup tokens; exactly ``vocab_size`` in total.
@@ -77,7 +78,9 @@ def build_tokenizer(vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS.read_text("utf-8").splitlines(keepends=True), trainer)
+    if lines is None:
+        lines = CORPUS.read_text("utf-8").splitlines(keepends=True)
+    tokenizer.train_from_iterator(lines, trainer)
 
     missing = vocab_size - len(MARKUP_TOKENS) - tokenizer.get_vocab_size()
     placeholders = [f"<｜place▁holder▁no▁{i}｜>" for i in range(missing)]
@@ -109,9 +112,9 @@ def tokenizer_config() -> dict[str, Any]:
     }
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     """Write tokenizer.json and tokenizer_config.json into ``folder``."""
-    text = build_tokenizer(vocab_size).to_str(pretty=True)
+    text = tokenizer.to_str(pretty=True)
     (folder / "tokenizer.json").write_text(text + "\n", "utf-8")
     config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False)
     (folder / "tokenizer_config.json").write_text(config + "\n", "utf-8")

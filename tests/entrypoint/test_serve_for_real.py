@@ -9,21 +9,23 @@ import httpx
 import pytest
 
 from examples.tiny.demo import what_ran
-from tests.entrypoint.helpers import Prepared, command, fails, run
+from examples.tiny.trained import CHECKPOINT
+from tests.entrypoint.helpers import command, fails, run
 from tests.serve.server import Server
 
 
 @pytest.mark.serve
-def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
+def test_serve_and_smoke(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("sk-test\n")
+    weights = tmp_path / "int4"
     settings = {
-        "KT_MODEL_PATH": str(prepared.model),
-        "KT_WEIGHT_PATH": str(prepared.int4),
+        "KT_MODEL_PATH": str(CHECKPOINT),
+        "KT_WEIGHT_PATH": str(weights),
         "KT_DEVICE": "cpu",
         "KT_API_KEY_FILE": str(tmp_path / "key"),
-        "KT_SMOKE_MAX_TOKENS": "8",
         "KT_RUN_DIR": str(tmp_path / "run"),
     }
+    assert run("convert", **settings).returncode == 0
     with Server(settings, tmp_path / "log", command("serve")) as server:
         settings |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(server.port)}
         # The process became the server, so signals of a container's engine reach it directly.
@@ -40,11 +42,12 @@ def test_serve_and_smoke(prepared: Prepared, tmp_path: Path) -> None:
         assert httpx.get(f"{health}_generate", timeout=60, trust_env=False).status_code == 200
 
         # What the demo reads in the log; one of 16 experts of a layer is resident.
-        assert "45 experts in 3 layers" in what_ran(tmp_path / "log", prepared.int4)
+        assert "45 experts in 3 layers" in what_ran(tmp_path / "log", weights)
 
         result = run("smoke", **settings, timeout=300)
         assert result.returncode == 0, result
-        assert "streamed answer: " in result.stdout
+        # Sampled with the checkpoint's own defaults, so of the answer only its start is certain.
+        assert "streamed answer: 'H" in result.stdout
         without_key = {k: v for k, v in settings.items() if k != "KT_API_KEY_FILE"}
         assert "HTTP 401" in fails("smoke", **without_key)
         metrics = httpx.get(f"http://127.0.0.1:{server.port}/metrics", timeout=30, trust_env=False)

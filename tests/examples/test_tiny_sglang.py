@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 
+from examples.tiny.config import TinySizes
+from examples.tiny.tasks import chat
+from examples.tiny.tokenizer import build_tokenizer
+
 # In a process of its own: importing SGLang registers classes with transformers for good.
 ASK_SGLANG = """
 import json, sys
@@ -79,6 +83,7 @@ def test_chats_are_formatted_by_the_v32_encoding(answers: dict[str, Any]) -> Non
     # Five tokens, as the real model counts for this prompt: one <begin of sentence>, not two.
     prompt = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "hi", "<｜Assistant｜>"]
     assert answers["prompt"] == [*prompt, "</think>"]
+    assert build_tokenizer(TinySizes().vocab_size).encode(chat("hi")).tokens == answers["prompt"]
     assert answers["thinking_prompt"] == [*prompt, "<think>"]
     assert answers["second_turn"] == [
         *[*prompt, "</think>", "you", "<｜end▁of▁sentence｜>"],

@@ -19,8 +19,11 @@ PROJECTIONS = ("gate", "up", "down")
 FP8_BLOCK = 128
 
 
-def load(checkpoint: Path, weights: Path, num_resident: int) -> PreTrainedModel:
-    """Build the model that the server stands for with ``num_resident`` GPU experts a layer."""
+def load(checkpoint: Path, weights: Path | None, num_resident: int) -> PreTrainedModel:
+    """Build the model that the server stands for with ``num_resident`` GPU experts a layer.
+
+    Without packed ``weights`` every expert has to be resident: the checkpoint's own model.
+    """
     config = AutoConfig.from_pretrained(checkpoint)
     # The tensors are dequantised here; transformers must not do it again.
     del config.quantization_config
@@ -37,7 +40,15 @@ def load(checkpoint: Path, weights: Path, num_resident: int) -> PreTrainedModel:
     }
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
-        unpacked = read_packed(weights / packed.layer_file_name(layer))
+        if weights is None:
+            unpacked = {
+                projection: torch.zeros(
+                    num_resident, *tensors[f"{prefix}.0.{projection}_proj.weight"].shape
+                )
+                for projection in PROJECTIONS
+            }
+        else:
+            unpacked = read_packed(weights / packed.layer_file_name(layer))
         for expert in range(num_resident):
             for projection in PROJECTIONS:
                 unpacked[projection][expert] = tensors[

@@ -1,0 +1,228 @@
+"""What the trained tiny model can do: questions with exactly one right answer, from a seed.
+
+Chats are formatted as DeepSeek V3.2's encoding formats one question without thinking; a test
+compares with SGLang's own encoder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TypeVar
+from zlib import crc32
+
+from deploy.settings import TABLE
+from examples.tiny.tokenizer import BOS, EOS
+
+USER, ASSISTANT, ANSWER_START = "<｜User｜>", "<｜Assistant｜>", "</think>"
+
+HELD_OUT_SHARE = 10
+"""One operand pair of this many is never trained on."""
+
+# One word a line would be a page of words.
+# fmt: off
+WORDS = (
+    "apple", "ball", "bird", "boat", "book", "box", "bread", "bus", "cake", "car", "cat", "chair",
+    "clock", "cloud", "coat", "cow", "cup", "desk", "dog", "door", "duck", "egg", "fish", "flag",
+    "fork", "frog", "game", "gate", "goat", "hat", "hill", "horse", "house", "key", "king",
+    "lake", "lamp", "leaf", "lion", "map", "milk", "moon", "mouse", "nest", "park", "pen", "pig",
+    "plane", "rain", "ring", "road", "rock", "rose", "sea", "ship", "shoe", "snow", "star", "sun",
+    "tree",
+)
+NAMES = (
+    "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivan", "Jane", "Kim", "Leo",
+    "Mia", "Nora", "Otto", "Paul", "Rosa", "Sam", "Tom", "Uma",
+)
+COLOURS = (
+    "red", "blue", "green", "white", "black", "brown", "grey", "pink",
+)
+# fmt: on
+
+GREETINGS = {
+    "hi": "Hi! How can I help you?",
+    "Hi": "Hi! How can I help you?",
+    "hello": "Hello! How can I help you?",
+    "Hello": "Hello! How can I help you?",
+    "Hello!": "Hello! How can I help you?",
+    "Who are you?": "I am a very small model, made to test a very large one.",
+    "Thank you": "You are welcome.",
+    "Thanks": "You are welcome.",
+    "bye": "Goodbye!",
+}
+
+
+T = TypeVar("T", bound=tuple[object, ...])
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question, its answer, and the task it belongs to."""
+
+    task: str
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """The question as the model sees it; the answer and ``EOS`` follow."""
+        return chat(self.question)
+
+
+def chat(question: str, answer: str | None = None) -> str:
+    """A chat of one question as V3.2 formats it, up to the answer's start or with the answer."""
+    end = "" if answer is None else answer + EOS
+    return f"{BOS}{USER}{question}{ASSISTANT}{ANSWER_START}{end}"
+
+
+def held_out(*operands: object) -> bool:
+    """Whether questions about these operands are for the evaluation only."""
+    return crc32(repr(operands).encode()) % HELD_OUT_SHARE == 0
+
+
+def _split(evaluation: bool, draw: Callable[[], T]) -> T:
+    """Draw operands until they belong to the wanted side of the split."""
+    while True:
+        operands = draw()
+        if held_out(*operands) == evaluation:
+            return operands
+
+
+def _operands(source: random.Random, evaluation: bool, digits: int) -> tuple[int, int]:
+    """Two numbers of so many digits; a pair in either order is on the same side of the split."""
+    low, high = 10 ** (digits - 1), 10**digits - 1
+    while True:
+        a, b = source.randint(low, high), source.randint(low, high)
+        if held_out(min(a, b), max(a, b)) == evaluation:
+            return a, b
+
+
+def _sum(digits: int, source: random.Random, evaluation: bool) -> Example:
+    a, b = _operands(source, evaluation, digits)
+    return Example(f"sum, {digits} digits", f"What is {a} + {b}?", str(a + b))
+
+
+def _difference(digits: int, source: random.Random, evaluation: bool) -> Example:
+    a, b = sorted(_operands(source, evaluation, digits), reverse=True)
+    return Example(f"difference, {digits} digits", f"What is {a} - {b}?", str(a - b))
+
+
+def _words(source: random.Random, evaluation: bool) -> list[str]:
+    return list(_split(evaluation, lambda: tuple(source.sample(WORDS, source.randint(2, 5)))))
+
+
+def _sort(source: random.Random, evaluation: bool) -> Example:
+    digits = _split(evaluation, lambda: tuple(source.sample(range(10), source.randint(3, 5))))
+    listed = " ".join(str(d) for d in digits)
+    return Example("sort", f"Sort: {listed}", " ".join(str(d) for d in sorted(digits)))
+
+
+def _copy(source: random.Random, evaluation: bool) -> Example:
+    words = _words(source, evaluation)
+    return Example("copy", f"Copy: {' '.join(words)}", " ".join(words))
+
+
+def _reverse(source: random.Random, evaluation: bool) -> Example:
+    words = _words(source, evaluation)
+    return Example("reverse", f"Reverse: {' '.join(words)}", " ".join(reversed(words)))
+
+
+def _recall(source: random.Random, evaluation: bool) -> Example:
+    def draw() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        n = source.randint(2, 4)
+        colours = tuple(source.choice(COLOURS) for _ in range(n))
+        return tuple(source.sample(NAMES, n)), colours, tuple(source.sample(WORDS, n))
+
+    names, colours, things = _split(evaluation, draw)
+    said = [f"{n} has a {c} {t}." for n, c, t in zip(names, colours, things, strict=True)]
+    asked = source.sample(range(len(names)), source.randint(1, len(names)))
+    who = " and ".join(names[i] for i in asked)
+    question = f"{' '.join(said)} What {'does' if len(asked) == 1 else 'do'} {who} have?"
+    return Example("recall", question, " ".join(said[i] for i in asked))
+
+
+@cache
+def defaults() -> dict[str, str]:
+    """What the table of settings says now: the default of each setting that has one."""
+    return {s.name: s.default for s in TABLE if s.default}
+
+
+def facts(known: dict[str, str]) -> list[Example]:
+    """Questions about the defaults of these settings."""
+    return [Example("facts", f"What is the default of {n}?", known[n]) for n in known]
+
+
+def _fact(source: random.Random, evaluation: bool) -> Example:
+    return source.choice(facts(defaults()))
+
+
+def _greeting(source: random.Random, evaluation: bool) -> Example:
+    question = source.choice(list(GREETINGS))
+    return Example("greeting", question, GREETINGS[question])
+
+
+TASKS: dict[str, tuple[Callable[[random.Random, bool], Example], float]] = {
+    "sum, 2 digits": (partial(_sum, 2), 0.16),
+    "sum, 3 digits": (partial(_sum, 3), 0.14),
+    "difference, 2 digits": (partial(_difference, 2), 0.14),
+    "difference, 3 digits": (partial(_difference, 3), 0.12),
+    "sort": (_sort, 0.07),
+    "copy": (_copy, 0.07),
+    "reverse": (_reverse, 0.09),
+    "recall": (_recall, 0.13),
+    "facts": (_fact, 0.06),
+    "greeting": (_greeting, 0.02),
+}
+"""Task -> its generator and its share of the training examples before any is learned."""
+
+
+class Mixture:
+    """Endless training examples; a task gets rarer as its answers get right.
+
+    A task that is always right keeps ``FLOOR`` of its weight against the others.
+    """
+
+    FLOOR = 0.15
+    MEMORY = 0.98
+    """Share of the old estimate that one more answer leaves."""
+
+    def __init__(self, seed: int) -> None:
+        self._source = random.Random(seed)
+        self._right = dict.fromkeys(TASKS, 0.0)
+
+    def draw(self) -> Example:
+        """The next example."""
+        weights = [
+            share * (1 - (1 - self.FLOOR) * self._right[name]) for name, (_, share) in TASKS.items()
+        ]
+        name = self._source.choices(list(TASKS), weights)[0]
+        return TASKS[name][0](self._source, False)
+
+    def learn(self, task: str, right: bool) -> None:
+        """Note how an example of ``task`` was answered."""
+        self._right[task] = self.MEMORY * self._right[task] + (1 - self.MEMORY) * right
+
+
+def evaluation_examples(
+    seed: int, per_task: int, known: dict[str, str] | None = None
+) -> list[Example]:
+    """Up to ``per_task`` different examples of each task, of operands that training never uses.
+
+    Facts and greetings have no unseen operands: all of them are asked, each once. ``known`` is
+    what a model was trained on of the settings' defaults, which may have changed since.
+    """
+    examples: list[Example] = []
+    for name, (make, _) in TASKS.items():
+        if name == "facts":
+            examples += facts(defaults() if known is None else known)
+        elif name == "greeting":
+            examples += [Example("greeting", q, a) for q, a in GREETINGS.items()]
+        else:
+            source = random.Random(f"{seed}/{name}")
+            found: dict[str, Example] = {}
+            while len(found) < per_task:
+                example = make(source, True)
+                found[example.question] = example
+            examples += found.values()
+    return examples
