@@ -19,7 +19,7 @@ EXT_DTYPES = {"fp8": "fp8_e4m3", "bf16": "bf16", "fp16": "fp16", "int4": "fp32"}
 
 #: Raise when the same weights give other bytes than before: it keeps the output of two versions of
 #: the quantiser from being mixed in one directory.
-QUANTIZER_REVISION = 2
+QUANTIZER_REVISION = 3
 
 
 def quantizer_settings(method: str) -> dict[str, str]:

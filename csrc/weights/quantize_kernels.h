@@ -17,7 +17,7 @@ struct TableSearch {
   static constexpr int kCrests = 4;
   static constexpr int kClasses = kSpreads * kCrests;
   static constexpr int kCandidates = 64;
-  static constexpr int kBins = 256;
+  static constexpr int kBins = 384;
 
   int32_t spread_edges[kSpreads - 1];            // of the sum of x * x >> 16
   float crest_edges[kSpreads][kCrests - 1];      // of (max |x| >> 4)^2 over that sum
