@@ -10,8 +10,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 .DEFAULT_GOAL := help
 .PHONY: compose-there help venv demo tiny quality test test-fast sanitize numa-test amx-test amx-report ci \
         lint types docs docs-check bench lock download convert serve check smoke health status doctor \
-        clean clean-demo image image-test up up-cpu \
-        down logs ps chat
+        clean clean-demo image image-test up up-cpu down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
