@@ -30,10 +30,11 @@ from examples.tiny.demo import ENTRYPOINT, DemoError, free_port, server, stage_e
 from examples.tiny.fp8 import dequantize_blocks
 from examples.tiny.tasks import evaluation_examples
 from examples.tiny.tensors import SCALE_SUFFIX
-from examples.tiny.train import HELD_OUT_PER_TASK, HELD_OUT_SEED
+from examples.tiny.train import HELD_OUT_SEED
 from examples.tiny.trained import CHECKPOINT, hashes, recipe
 from kt_kernel.packed import SERVED_AS
 
+QUESTIONS_PER_TASK = 100
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "accuracy.json"
 
 
@@ -59,7 +60,7 @@ VARIANTS = {
 
 def prompts() -> list[Prompt]:
     """The tiny model's held-out questions."""
-    examples = evaluation_examples(HELD_OUT_SEED, HELD_OUT_PER_TASK, recipe()["facts"])
+    examples = evaluation_examples(HELD_OUT_SEED, QUESTIONS_PER_TASK, recipe()["facts"])
     return [Prompt(f"{e.task}/{i}", e.task, e.question, e.answer) for i, e in enumerate(examples)]
 
 

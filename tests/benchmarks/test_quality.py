@@ -98,9 +98,11 @@ def test_a_killed_run_goes_on_after_its_last_whole_line(
     whole = ask(url, "m", PROMPTS, output)
     lines = output.read_text().splitlines(keepends=True)
     output.write_text(lines[0] + lines[1][:40])
+    (kept,) = [result.prompt.question for result in whole if result.prompt.id in lines[0]]
     handler.asked.clear()
-    assert ask(url, "m", PROMPTS, output) == whole == read_results(output)
-    assert handler.asked == [p.question for p in PROMPTS[1:]]
+    assert ask(url, "m", PROMPTS, output) == whole
+    assert {r.prompt.id: r for r in read_results(output)} == {r.prompt.id: r for r in whole}
+    assert sorted(handler.asked) == sorted({p.question for p in PROMPTS} - {kept})
 
 
 def test_only_the_answer_is_scored(url: str, tmp_path: Path) -> None:
