@@ -171,7 +171,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     left.barh(others, lost)
     left.set_xlabel("points of task accuracy lost")
     right.barh(others, [rows[name]["KL"] for name in others])
-    right.set_xscale("log")
+    right.ticklabel_format(style="sci", axis="x", scilimits=(0, 0))
     right.set_yticklabels([])
     right.set_xlabel("KL against FP8, nats a token")
     for axes in (left, right):

@@ -23,7 +23,9 @@ from benchmarks.quality import (
     read_prompts,
     read_results,
     summary,
+    table,
 )
+from benchmarks.quality_tiny import RESULTS
 from examples.tiny.tasks import ANSWER_START
 
 PROMPTS = [Prompt(f"copy/{i}", "copy", f"Copy: {i}", str(i)) for i in range(3)]
@@ -150,3 +152,8 @@ def test_per_row_int4_has_15_levels_a_row() -> None:
     rounded = per_row_int4(weights)
     assert all(len(row.unique()) <= 15 for row in rounded)
     assert (rounded - weights).abs().max() <= weights.abs().max() / 14 * 1.001
+
+
+def test_the_document_shows_the_results() -> None:
+    rows = json.loads(RESULTS.read_text("utf-8"))
+    assert table(rows) in RESULTS.with_suffix(".md").read_text("utf-8")
