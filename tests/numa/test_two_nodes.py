@@ -77,8 +77,9 @@ def start_guest(program: Path, layer: Path, folder: Path) -> str:
         *(QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "4", "-m", "1G"),
         *("-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", KERNEL, "-initrd", str(image)),
+        # loglevel 0: on a busy host the kernel complains of stalls, amid the program's lines.
         "-append",
-        " ".join(["console=ttyS0 panic=-1 quiet -- /layer", *arguments(layer)]),
+        " ".join(["console=ttyS0 panic=-1 loglevel=0 -- /layer", *arguments(layer)]),
     ]
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size=512M"]
