@@ -7,6 +7,7 @@
 // TABLES is the offset of the tables in the file (0 for int8), OFFSETs those of codes, table_index
 // and scales of gate, up and down.
 
+#include <algorithm>
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/stat.h>
@@ -64,8 +65,13 @@ std::map<int, int> pages_of_nodes(const uint8_t* data, int64_t bytes) {
   std::vector<void*> pages;
   for (int64_t i = 0; i < bytes; i += kPage) pages.push_back(const_cast<uint8_t*>(data) + i);
   std::vector<int> nodes(pages.size());
-  if (syscall(SYS_move_pages, 0, pages.size(), pages.data(), nullptr, nodes.data(), 0) != 0)
-    kt::fail_runtime("move_pages failed");
+  // A huge page that the kernel is just making has no node for a moment: asked again.
+  for (int tries = 0; tries < 50; ++tries) {
+    if (syscall(SYS_move_pages, 0, pages.size(), pages.data(), nullptr, nodes.data(), 0) != 0)
+      kt::fail_runtime("move_pages failed");
+    if (*std::min_element(nodes.begin(), nodes.end()) >= 0) break;
+    usleep(20000);
+  }
   std::map<int, int> count;
   for (int node : nodes) ++count[node < 0 ? -1 : node];
   return count;
