@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from kt_kernel import packed
+from kt_kernel.calls import current_stream
 from kt_kernel.errors import UserError
 from kt_kernel.wrapper import PLAIN_TARGET, KTMoEWrapper
 
@@ -44,7 +45,7 @@ def check_layer(wrapper: KTMoEWrapper, device: str | torch.device = "cpu") -> No
     for tokens in (FEW_TOKENS, MANY_TOKENS):
         x, ids, weights = _batch(wrapper, chosen, tokens)
         on_device = x.to(device), ids.to(device), weights.to(device)
-        found = exact.forward(*on_device, _stream(device)).cpu()
+        found = exact.forward(*on_device, current_stream(on_device[0])).cpu()
         want = plain.forward(x, ids, weights)
         wrong = int((found != want).sum())  # NaN, too
         if wrong:
@@ -87,9 +88,3 @@ def _batch(
             mine = chosen[:EXPERTS_OF_MANY][: wrapper.top_k]
         ids[token, : len(mine)] = torch.tensor(mine, dtype=torch.int32, device="cpu")
     return x, ids, drawn(torch.rand, tokens, wrapper.top_k)
-
-
-def _stream(device: str | torch.device) -> int:
-    if torch.device(device).type != "cuda":
-        return 0
-    return int(torch.cuda.current_stream(device).cuda_stream)

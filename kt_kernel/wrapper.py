@@ -12,12 +12,22 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from kt_kernel import _ext, packed
+from kt_kernel.calls import (
+    CapturedCall,
+    CudaCall,
+    Deferred,
+    Pending,
+    Queued,
+    check_tensor,
+    contiguous,
+    copy_from_cuda,
+    current_stream,
+)
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
 from kt_kernel.loading import load_progress
@@ -33,50 +43,6 @@ PLAIN_TARGET = "scalar"
 
 # The allocator takes larger tensors fresh from the system every time and pays for each page.
 _REUSED_OUTPUT_BYTES = 1 << 17
-
-
-class _Queued(NamedTuple):
-    """A job and the tensor that it writes to."""
-
-    job: _ext.Job
-    output: torch.Tensor
-
-
-class _Deferred(NamedTuple):
-    """The experts of a layer's call that go into the next MoE layer's output."""
-
-    layer_idx: int
-    queued: _Queued
-
-
-class _Pending(NamedTuple):
-    """A submitted call, and what the layer before left for its output."""
-
-    now: _Queued
-    before: _Queued | None
-
-    def result(self) -> torch.Tensor:
-        """Wait for both; their sum, [T, H]."""
-        self.now.job.wait()
-        if self.before is not None:
-            self.before.job.wait()
-            self.now.output.add_(self.before.output)
-        return self.now.output
-
-
-class _CudaCall(NamedTuple):
-    """A call whose inputs are on their way from a CUDA device."""
-
-    copied: torch.cuda.Event
-    x: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-
-class _CapturedCall(NamedTuple):
-    """A call that a CUDA graph is capturing: what its output is like."""
-
-    like: torch.Tensor
 
 
 class KTMoEWrapper:
@@ -112,7 +78,7 @@ class KTMoEWrapper:
     """
 
     _capture_batch_sizes: tuple[int, ...] = ()
-    _deferred: _Deferred | None = None  # of the layer called last
+    _deferred: Deferred | None = None  # of the layer called last
     _deferral_reported = False
 
     def __init__(
@@ -171,7 +137,7 @@ class KTMoEWrapper:
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
         self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
-        self._pending: _Pending | _CudaCall | _CapturedCall | None = None
+        self._pending: Pending | CudaCall | CapturedCall | None = None
         self._on_stream: _ext.StreamLayer | None = None
 
     def _new_layer(self) -> _ext.Layer:
@@ -308,7 +274,7 @@ class KTMoEWrapper:
             raise UserError(f"gate_proj is {dtype}: expected bfloat16, float16 or float32")
         for name, tensor in zip(packed.PROJECTIONS, tensors, strict=True):
             shape = (self._layout.num_experts, *self._layout.projection_shape(name))
-            _check_tensor(f"{name}_proj", tensor, shape, (dtype,))
+            check_tensor(f"{name}_proj", tensor, shape, (dtype,))
         held = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
         addresses = [tensor.data_ptr() for tensor in held]
         sources = self._sources(physical_to_logical_map_cpu)
@@ -359,21 +325,21 @@ class KTMoEWrapper:
                 f"layer {self.layer_idx}: submit_forward without sync_forward before it"
             )
         tokens = hidden_states.shape[0]
-        _check_tensor(
+        check_tensor(
             "hidden_states",
             hidden_states,
             (tokens, self.hidden_size),
             tuple(_ACTIVATION_DTYPES),
         )
         routing = (tokens, self.top_k)
-        _check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
-        _check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
+        check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
+        check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             self._pending = self._capture(hidden_states, topk_ids, topk_weights)
         elif hidden_states.is_cuda:
             if self._on_stream is not None and stream_context().failure:
                 raise RuntimeError(f"an earlier call failed: {stream_context().failure}")
-            self._pending = _copy_from_cuda(hidden_states, topk_ids, topk_weights)
+            self._pending = copy_from_cuda(hidden_states, topk_ids, topk_weights)
         else:
             self._pending = self._submit(hidden_states, topk_ids, topk_weights)
 
@@ -396,12 +362,12 @@ class KTMoEWrapper:
         pending, self._pending = self._pending, None
         if pending is None:
             raise UserError(f"layer {self.layer_idx}: sync_forward without submit_forward")
-        if isinstance(pending, _CapturedCall):
+        if isinstance(pending, CapturedCall):
             output = torch.empty_like(pending.like)
             assert self._on_stream is not None
-            self._on_stream.sync(_current_stream(output), output.data_ptr())
+            self._on_stream.sync(current_stream(output), output.data_ptr())
             return output
-        if isinstance(pending, _CudaCall):
+        if isinstance(pending, CudaCall):
             pending.copied.synchronize()
             pending = self._submit(pending.x, pending.ids, pending.weights)
             return pending.result().to(hidden_states.device)
@@ -420,11 +386,11 @@ class KTMoEWrapper:
 
     def _submit(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> _Pending:
-        x, ids, weights = _contiguous(hidden_states, topk_ids, topk_weights)
+    ) -> Pending:
+        x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
         before = self._take_deferred(x)
         if not self._num_deferred:
-            return _Pending(self._queue(x, ids, weights), before)
+            return Pending(self._queue(x, ids, weights), before)
         lightest = weights.topk(self._num_deferred, largest=False).indices
         later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
         now = self._queue(x, ids.masked_fill(later, -1), weights)
@@ -433,18 +399,18 @@ class KTMoEWrapper:
         except UserError:
             now.job.wait()  # it writes to memory that would go
             raise
-        KTMoEWrapper._deferred = _Deferred(self.layer_idx, deferred)
-        return _Pending(now, before)
+        KTMoEWrapper._deferred = Deferred(self.layer_idx, deferred)
+        return Pending(now, before)
 
-    def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> _Queued:
+    def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Queued:
         output = self._output_like(x)
         try:
             job = self._layer.submit(*self._inputs(x, ids, weights), output.data_ptr())
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        return _Queued(job, output)
+        return Queued(job, output)
 
-    def _take_deferred(self, x: torch.Tensor) -> _Queued | None:
+    def _take_deferred(self, x: torch.Tensor) -> Queued | None:
         """What the MoE layer before has deferred.
 
         A pass goes through the layers in their order: what a later layer or this one has left is
@@ -467,7 +433,7 @@ class KTMoEWrapper:
 
     def _capture(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> _CapturedCall:
+    ) -> CapturedCall:
         """Put the call on the stream being captured; nothing runs before the graph's replay."""
         if self._num_deferred and not KTMoEWrapper._deferral_reported:
             KTMoEWrapper._deferral_reported = True
@@ -475,9 +441,9 @@ class KTMoEWrapper:
         if self._on_stream is None:
             self._on_stream = _ext.StreamLayer(stream_context(), self._layer, self.layer_idx)
         # Copies that this makes are freed here, but reused only by what comes later on the stream.
-        x, ids, weights = _contiguous(hidden_states, topk_ids, topk_weights)
-        self._on_stream.submit(_current_stream(x), *self._inputs(x, ids, weights))
-        return _CapturedCall(x)
+        x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
+        self._on_stream.submit(current_stream(x), *self._inputs(x, ids, weights))
+        return CapturedCall(x)
 
     def _inputs(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
@@ -521,7 +487,7 @@ def _gpu_mask(
     if mask is not None:
         if num_gpu_experts:
             raise UserError("both num_gpu_experts and gpu_experts_mask are given: expected one")
-        _check_tensor("gpu_experts_mask", mask, (num_experts,), (torch.bool,))
+        check_tensor("gpu_experts_mask", mask, (num_experts,), (torch.bool,))
         return mask.detach().to("cpu", copy=True).contiguous()
     count = num_gpu_experts or 0
     if not 0 <= count <= num_experts:
@@ -530,40 +496,3 @@ def _gpu_mask(
         )
     # SGLang makes its layers under torch.device("cuda").
     return torch.arange(num_experts, device="cpu") < count
-
-
-def _check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise UserError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "
-            f"{' or '.join(str(d) for d in dtypes)} {list(shape)}"
-        )
-
-
-def _contiguous(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors themselves where they are as the extension wants them, else copies."""
-    ids = topk_ids.to(torch.int32).contiguous()
-    return hidden_states.contiguous(), ids, topk_weights.contiguous()
-
-
-def _current_stream(tensor: torch.Tensor) -> int:
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
-
-
-def _copy_from_cuda(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> _CudaCall:
-    """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
-
-    def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
-
-    x, ids, weights = (to_pinned(t) for t in (hidden_states, topk_ids, topk_weights))
-    copied = torch.cuda.Event()
-    copied.record()
-    return _CudaCall(copied, x, ids, weights)

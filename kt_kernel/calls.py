@@ -1,0 +1,95 @@
+"""A layer's call on its way: its tensors, checked and where the extension can read them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from kt_kernel import _ext
+from kt_kernel.errors import UserError
+
+
+class Queued(NamedTuple):
+    """A job and the tensor that it writes to."""
+
+    job: _ext.Job
+    output: torch.Tensor
+
+
+class Deferred(NamedTuple):
+    """The experts of a layer's call that go into the next MoE layer's output."""
+
+    layer_idx: int
+    queued: Queued
+
+
+class Pending(NamedTuple):
+    """A submitted call, and what the layer before left for its output."""
+
+    now: Queued
+    before: Queued | None
+
+    def result(self) -> torch.Tensor:
+        """Wait for both; their sum, [T, H]."""
+        self.now.job.wait()
+        if self.before is not None:
+            self.before.job.wait()
+            self.now.output.add_(self.before.output)
+        return self.now.output
+
+
+class CudaCall(NamedTuple):
+    """A call whose inputs are on their way from a CUDA device."""
+
+    copied: torch.cuda.Event
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class CapturedCall(NamedTuple):
+    """A call that a CUDA graph is capturing: what its output is like."""
+
+    like: torch.Tensor
+
+
+def check_tensor(
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]
+) -> None:
+    """Raise :class:`UserError` unless ``tensor`` has this shape and one of these dtypes."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        raise UserError(
+            f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "
+            f"{' or '.join(str(d) for d in dtypes)} {list(shape)}"
+        )
+
+
+def contiguous(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors themselves where they are as the extension wants them, else copies."""
+    ids = topk_ids.to(torch.int32).contiguous()
+    return hidden_states.contiguous(), ids, topk_weights.contiguous()
+
+
+def current_stream(tensor: torch.Tensor) -> int:
+    """Raw handle of the current CUDA stream of the tensor's device; 0 on the CPU."""
+    if not tensor.is_cuda:
+        return 0
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def copy_from_cuda(
+    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+) -> CudaCall:
+    """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
+
+    def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    x, ids, weights = (to_pinned(t) for t in (hidden_states, topk_ids, topk_weights))
+    copied = torch.cuda.Event()
+    copied.record()
+    return CudaCall(copied, x, ids, weights)
