@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tiny.add_argument("--work", type=Path, default=Path(".cache/quality"))
     tiny.add_argument("--only", help="one variant, to measure in pieces")
     args = parser.parse_args(argv)
-    # Imported here: the two need the tiny model's checkpoint, which `compare` does not.
+    # Imported here: it imports this module.
     from benchmarks import quality_tiny
 
     try:

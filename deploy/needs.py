@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, parse_expert_name
 from convert.model_config import read_json, read_model_dims
-from deploy.gpu_memory import V32_CONFIG
+from deploy.gpu_memory import V32_CONFIG, GpuSizes
 from deploy.marker import Marker, read_marker
 from kt_kernel.errors import UserError
 from kt_kernel.packed import KT_METHODS, METHODS, SERVED_AS, PackedLayout
@@ -112,8 +112,7 @@ def model_needs(model_path: Path) -> Needs:
 def _needs(
     config: Mapping[str, Any], packed: Mapping[str, float], moe_layers: int, path: Path | None
 ) -> Needs:
-    weights = 3 * config["hidden_size"] * config["moe_intermediate_size"]
-    expert = weights * ((1 + 4 / 128**2) if config.get("quantization_config") else 2)
+    expert = GpuSizes(config).expert
     experts = int(config["n_routed_experts"])
     width = config["num_experts_per_tok"] * config["hidden_size"]
     download, resident = V32_BYTES, V32_RESIDENT_BYTES

@@ -150,11 +150,15 @@ def defaults() -> dict[str, str]:
 
 def facts(known: dict[str, str]) -> list[Example]:
     """Questions about the defaults of these settings."""
-    return [Example("facts", f"What is the default of {n}?", known[n]) for n in known]
+    return [_about(name, default) for name, default in known.items()]
+
+
+def _about(name: str, default: str) -> Example:
+    return Example("facts", f"What is the default of {name}?", default)
 
 
 def _fact(source: random.Random, evaluation: bool) -> Example:
-    return source.choice(facts(defaults()))
+    return _about(*source.choice(list(defaults().items())))
 
 
 def _greeting(source: random.Random, evaluation: bool) -> Example:
