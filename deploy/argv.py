@@ -14,6 +14,7 @@ from deploy.machine import Machine
 from deploy.setting import AUTO, Flag, Setting
 from deploy.settings import BY_NAME, SECRETS, commanded
 from kt_kernel.errors import UserError
+from kt_kernel.host import CPUS_BESIDE_EXPERTS
 from kt_kernel.sglang_plugin.device import launch_environment
 
 SGLANG_MODULE = "sglang.launch_server"
@@ -49,7 +50,9 @@ class Command:
         return shlex.join([*(["env", *words] if words else []), *self.shown_argv()])
 
 
-def resolve(config: Config, machine: Machine) -> tuple[dict[str, Any], tuple[str, ...]]:
+def resolve(
+    config: Config, machine: Machine, stage: str = "serve"
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The settings' values with every ``auto`` replaced, and notes on what was chosen and why."""
     values = dict(config.values)
     notes: list[str] = []
@@ -67,12 +70,14 @@ def resolve(config: Config, machine: Machine) -> tuple[dict[str, Any], tuple[str
         "cuda" if gpu or machine.gpu_problem else "cpu",
         f"found {gpu.name}" if gpu else machine.gpu_problem or "no NVIDIA GPU found",
     )
-    choose(
-        "KT_CPUINFER",
-        machine.expert_threads,
-        f"{machine.cores} physical cores"
-        + (f", a quota of {machine.cpu_quota:g} CPUs" if machine.cpu_quota else ""),
-    )
+    # The conversion leaves the GPU alone.
+    beside = values["KT_DEVICE"] if stage == "serve" else "cpu"
+    why = f"{machine.cores} physical cores"
+    if machine.cpu_quota:
+        why += f", a quota of {machine.cpu_quota:g} CPUs"
+    if beside == "cuda":
+        why += f", {CPUS_BESIDE_EXPERTS} CPUs left for SGLang's scheduler and CUDA's host functions"
+    choose("KT_CPUINFER", machine.expert_threads(beside), why)
     choose(
         "KT_THREADPOOL_COUNT",
         min(machine.numa_nodes, values["KT_CPUINFER"]),
@@ -157,7 +162,7 @@ def _health_variable(config: Config) -> dict[str, str]:
 
 def convert_command(config: Config, machine: Machine) -> Command:
     """The command that converts the experts' weights, with the tutorial's flags."""
-    values, notes = resolve(config, machine)
+    values, notes = resolve(config, machine, "convert")
     words = [word for _, _, given in _flags("convert", values) for word in given]
     notes = tuple(note for note in notes if "convert" in BY_NAME[note.split("=")[0]].stages)
     return Command([PYTHON, "-m", "convert", *words], {}, notes)

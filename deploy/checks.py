@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.limits import Memory, read_memory
 from deploy.machine import Machine
+from kt_kernel.host import CPUS_BESIDE_EXPERTS
 
 if TYPE_CHECKING:
     from deploy.needs import Needs
@@ -145,6 +146,7 @@ def check_threads(situation: Situation) -> Iterator[Result]:
     threads: int = situation.values["KT_CPUINFER"]
     pools: int = situation.values["KT_THREADPOOL_COUNT"]
     cpus = f"{machine.cores} cores with {machine.cpus} CPUs in this process's CPU set"
+    auto = machine.expert_threads(situation.values["KT_DEVICE"])
     expected = f"KT_CPUINFER of at most {machine.cores}"
     if threads > machine.cpus:
         yield Result(
@@ -152,7 +154,7 @@ def check_threads(situation: Situation) -> Iterator[Result]:
             Status.FAIL,
             expected,
             f"{threads} threads for {cpus}",
-            f"set KT_CPUINFER={machine.expert_threads} or auto",
+            f"set KT_CPUINFER={auto} or auto",
         )
     elif machine.cpu_quota is not None and threads > machine.cpu_quota:
         yield Result(
@@ -160,7 +162,7 @@ def check_threads(situation: Situation) -> Iterator[Result]:
             Status.FAIL,
             f"KT_CPUINFER of at most {machine.cpu_quota:g}",
             f"{threads} threads for a control group's quota of {machine.cpu_quota:g} CPUs",
-            f"raise the quota or set KT_CPUINFER={machine.expert_threads}",
+            f"raise the quota or set KT_CPUINFER={auto}",
         )
     elif threads > machine.cores:
         yield Result(
@@ -168,7 +170,16 @@ def check_threads(situation: Situation) -> Iterator[Result]:
             Status.WARN,
             expected,
             f"{threads} threads for {cpus}",
-            f"two threads of a core share its units: set KT_CPUINFER={machine.cores} or auto",
+            f"two threads of a core share its units: set KT_CPUINFER={auto} or auto",
+        )
+    elif situation.values["KT_DEVICE"] == "cuda" and threads > auto:
+        yield Result(
+            "threads",
+            Status.WARN,
+            f"KT_CPUINFER of at most {auto}, which leaves {CPUS_BESIDE_EXPERTS} CPUs to SGLang's "
+            f"scheduler and CUDA's host functions",
+            f"{threads} threads for {machine.usable_cpus} CPUs",
+            f"each layer would wait for time slices: set KT_CPUINFER={auto} or auto",
         )
     else:
         yield Result("threads", Status.PASS, expected, f"{threads} threads for {cpus}")

@@ -7,9 +7,11 @@ import logging
 import math
 import os
 
+import torch
+
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
-from kt_kernel.host import huge_page_mode, read_cpu_quota
+from kt_kernel.host import CPUS_BESIDE_EXPERTS, huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,16 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
             running,
             cores,
             cores,
+        )
+    # Without CUDA nothing else runs while the experts do.
+    if torch.cuda.is_initialized() and granted - running < CPUS_BESIDE_EXPERTS:
+        logger.warning(
+            "kt_kernel: %d threads on %d CPUs leave too few to SGLang's scheduler and CUDA's host "
+            "functions, and each layer waits for time slices of milliseconds: --kt-cpuinfer %d is "
+            "faster",
+            running,
+            granted,
+            max(1, granted - CPUS_BESIDE_EXPERTS),
         )
     if huge_page_mode() == "never":
         logger.warning(

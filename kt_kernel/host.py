@@ -7,6 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+CPUS_BESIDE_EXPERTS = 2
+"""CPUs that a server on a GPU needs besides the experts' threads.
+
+SGLang's scheduler and CUDA's thread for host functions poll all the time. A pinned worker that
+shares its CPU with one of them keeps each layer waiting for a time slice, which is milliseconds
+(docs/performance.md).
+"""
+
 
 def read_cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs' worth of time that the control groups grant this process, None if unlimited."""

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -203,13 +204,15 @@ def test_weights_of_another_repository(model: Path, weights: Path) -> None:
         (Machine(8, 4, 1, 3.5, None), "3", Status.PASS),
         (Machine(8, 4, 1, 3.5, None), "4", Status.FAIL),
         (with_gpu(L20), "auto", Status.PASS),
+        (replace(with_gpu(L20), cpus=64, cores=64), "62", Status.PASS),
+        (replace(with_gpu(L20), cpus=64, cores=64), "63", Status.WARN),
     ],
 )
 def test_threads(machine: Machine, threads: str, status: Status) -> None:
     found = results(checks.check_threads, machine, KT_CPUINFER=threads)
     assert found[0].status is status
     if status is Status.FAIL:
-        assert f"set KT_CPUINFER={machine.expert_threads}" in found[0].todo
+        assert f"set KT_CPUINFER={machine.expert_threads('cpu')}" in found[0].todo
 
 
 def test_thread_pools() -> None:

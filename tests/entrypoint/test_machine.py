@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.machine import (
-    count_cores,
-    count_numa_nodes,
-    find_gpu,
-    survey,
-)
+from deploy.machine import Machine, count_cores, count_numa_nodes, find_gpu, survey
 from kt_kernel.host import parse_cpu_list, read_cpu_quota
 
 
@@ -110,4 +105,21 @@ def test_gpu_files_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_this_machine() -> None:
     machine = survey()
     assert 1 <= machine.numa_nodes <= machine.cores <= machine.cpus
-    assert 1 <= machine.expert_threads <= machine.cores
+    assert 1 <= machine.expert_threads("cuda") <= machine.expert_threads("cpu") <= machine.cores
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores", "quota", "on_cpu", "on_gpu"),
+    [
+        (128, 64, None, 64, 64),  # the second threads of the cores are left
+        (64, 64, None, 64, 62),
+        (64, 64, 32.5, 32, 30),
+        (2, 2, None, 2, 1),
+        (2, 1, 0.5, 1, 1),
+    ],
+)
+def test_expert_threads(
+    cpus: int, cores: int, quota: float | None, on_cpu: int, on_gpu: int
+) -> None:
+    machine = Machine(cpus, cores, 1, quota, None)
+    assert (machine.expert_threads("cpu"), machine.expert_threads("cuda")) == (on_cpu, on_gpu)

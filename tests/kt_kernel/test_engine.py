@@ -54,6 +54,18 @@ def make_engine(threads: int, pools: int = 1) -> _ext.Engine:
     return engine._engine.__wrapped__(threads, pools, "scalar")
 
 
+def test_no_cpu_left_beside_the_gpu_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_engine(len(CPUS))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(engine, "CPUS_BESIDE_EXPERTS", 1)
+    make_engine(len(CPUS) - 1)
+    assert "faster" not in caplog.text
+    make_engine(len(CPUS))
+    assert f"--kt-cpuinfer {len(CPUS) - 1} is faster" in caplog.text
+
+
 def test_too_many_threads_are_refused_and_said(caplog: pytest.LogCaptureFixture) -> None:
     found = make_engine(1000)
     assert sorted(cpu for group in found.cpus for cpu in group) == CPUS
