@@ -8,7 +8,7 @@ WORK   ?= .demo
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo tiny quality test test-fast sanitize numa-test amx-test amx-report ci \
+.PHONY: compose-there help venv demo tiny quality test test-fast sanitize numa-test amx-test amx-report gpu-test ci \
         lint types docs docs-check bench lock download convert serve check smoke health status doctor \
         clean clean-demo image image-test up up-cpu down logs ps chat
 
@@ -138,6 +138,10 @@ amx-test: ## on a machine with AMX and PYTHON's torch, numpy, safetensors and py
 	# Without --strict-config: pytest-timeout, whose option is in pyproject.toml, need not be there.
 	$(PYTHON) -m pytest -ra -o addopts= tests/kernels tests/amx tests/kt_kernel/test_wrapper.py
 	$(PYTHON) -m benchmarks.bench_moe --no-rivals --experts 64
+
+gpu-test: venv ## on a machine with an NVIDIA GPU: layers called directly and in graphs, then whole servers, and a table of them
+	@nvidia-smi -L || { echo "error: nvidia-smi finds no NVIDIA GPU" >&2; exit 2; }
+	$(BIN)/python -m pytest -m gpu
 
 lint: venv ## ruff, clang-format, hadolint, shellcheck and yamllint
 	$(BIN)/ruff check .

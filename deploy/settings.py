@@ -287,8 +287,7 @@ TABLE: tuple[Setting, ...] = (
         "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN", Integer(0), NONE,
         "Experts of a token, those of smallest weight, that are added to the next layer's output "
         "instead of their own's, so that the CPU computes them during the next layer's attention: "
-        "an approximation (docs/architecture.md). `none` defers none. Has no effect in CUDA "
-        "graphs.",
+        "an approximation (docs/architecture.md). `none` defers none.",
         ADDED, ("serve",), _serve("--kt-max-deferred-experts-per-token"), none=True,
     ),
     Setting(

@@ -143,11 +143,15 @@ class StreamContext:
 class StreamLayer:
     """Puts a layer's calls on a CUDA stream; legal inside a capture, and never waits.
 
+    With ``deferred``, calls of the experts that the layer defers, which end in the next layer.
+
     Raises:
         RuntimeError: what CUDA refuses, calls out of order, or a call that failed earlier.
     """
 
-    def __init__(self, context: StreamContext, layer: Layer, layer_idx: int) -> None: ...
+    def __init__(
+        self, context: StreamContext, layer: Layer, layer_idx: int, deferred: bool = False
+    ) -> None: ...
     def submit(
         self,
         stream: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,11 +17,51 @@ class Queued(NamedTuple):
     output: torch.Tensor
 
 
+class OnStream(NamedTuple):
+    """A call put on the CUDA stream that is being captured, and what its output is like."""
+
+    layer: _ext.StreamLayer
+    like: torch.Tensor
+
+    def output(self) -> torch.Tensor:
+        """Put the call's end on the stream; what its output will be, [T, H]."""
+        output = torch.empty_like(self.like)
+        self.layer.sync(current_stream(output), output.data_ptr())
+        return output
+
+
+C = TypeVar("C", Queued, OnStream)
+
+
 class Deferred(NamedTuple):
     """The experts of a layer's call that go into the next MoE layer's output."""
 
     layer_idx: int
-    queued: Queued
+    call: Queued | OnStream
+
+    def into(self, layer_idx: int, shape: torch.Size, kind: type[C]) -> C | None:
+        """The call, for the output [T, H] of layer ``layer_idx`` in a pass of this kind.
+
+        A pass goes through the layers in their order: what a later layer or this one has left is
+        of a pass that was never finished, and is dropped.
+
+        Raises:
+            UserError: it is of another batch.
+        """
+        call = self.call
+        left = call.output if isinstance(call, Queued) else call.like
+        in_order = self.layer_idx < layer_idx
+        if isinstance(call, kind) and in_order and left.shape == shape:
+            return call
+        if isinstance(call, Queued):
+            call.job.wait()  # it writes to memory that goes now
+        if isinstance(call, kind) and in_order:
+            raise UserError(
+                f"layer {layer_idx} is called with {shape[0]} tokens after layer {self.layer_idx} "
+                f"has deferred experts of {left.shape[0]} tokens: expected the same batch; set "
+                "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
+            )
+        return None
 
 
 class Pending(NamedTuple):
@@ -49,9 +89,15 @@ class CudaCall(NamedTuple):
 
 
 class CapturedCall(NamedTuple):
-    """A call that a CUDA graph is capturing: what its output is like."""
+    """A call that a CUDA graph is capturing, and what the layer before left for its output."""
 
-    like: torch.Tensor
+    now: OnStream
+    before: OnStream | None
+
+    def result(self) -> torch.Tensor:
+        """Put both calls' ends on the stream; what their sum will be, [T, H]."""
+        output = self.now.output()
+        return output if self.before is None else output.add_(self.before.output())
 
 
 def check_tensor(
@@ -71,6 +117,15 @@ def contiguous(
     """The tensors themselves where they are as the extension wants them, else copies."""
     ids = topk_ids.to(torch.int32).contiguous()
     return hidden_states.contiguous(), ids, topk_weights.contiguous()
+
+
+def split_lightest(
+    ids: torch.Tensor, weights: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids [T, k] without each token's ``count`` smallest weights, and only those; -1 else."""
+    lightest = weights.topk(count, largest=False).indices
+    later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
+    return ids.masked_fill(later, -1), ids.masked_fill(~later, -1)
 
 
 def current_stream(tensor: torch.Tensor) -> int:

@@ -21,7 +21,9 @@ FEW_TOKENS, MANY_TOKENS = 2, 16
 EXPERTS_OF_MANY = 2
 
 
-def check_layer(wrapper: KTMoEWrapper, device: str | torch.device = "cpu") -> None:
+def check_layer(
+    wrapper: KTMoEWrapper, device: str | torch.device = "cpu", graphs: bool = False
+) -> None:
     """Push known batches through the layer; compare with the plain kernel on the file's weights.
 
     Twice top-k of the CPU's experts, spread over all, are read from the file again. In these, it
@@ -31,6 +33,7 @@ def check_layer(wrapper: KTMoEWrapper, device: str | torch.device = "cpu") -> No
     Args:
         wrapper: with a file's weights loaded.
         device: where the batches come from, as SGLang's do.
+        graphs: on a GPU, replay each call from a CUDA graph as well.
 
     Raises:
         UserError: one bit of the outputs differs.
@@ -45,24 +48,40 @@ def check_layer(wrapper: KTMoEWrapper, device: str | torch.device = "cpu") -> No
     for tokens in (FEW_TOKENS, MANY_TOKENS):
         x, ids, weights = _batch(wrapper, chosen, tokens)
         on_device = x.to(device), ids.to(device), weights.to(device)
-        found = exact.forward(*on_device, current_stream(on_device[0])).cpu()
+        outputs = [exact.forward(*on_device, current_stream(on_device[0])).cpu()]
+        if graphs and on_device[0].is_cuda:
+            outputs.append(_replayed(exact, *on_device))
         want = plain.forward(x, ids, weights)
-        wrong = int((found != want).sum())  # NaN, too
-        if wrong:
-            error = float((found - want).abs().mean() / want.abs().mean())
-            raise UserError(
-                f"self-test of layer {wrapper.layer_idx}: {wrong} of {want.numel()} outputs for "
-                f"{tokens} tokens differ, by {100 * error:.2g}% on average, from those of the "
-                f"weights in {packed.layer_file_name(wrapper.layer_idx)}: expected the same bits; "
-                f"start again, test the memory, and try KT_TARGET={PLAIN_TARGET}, which is slow"
-            )
+        for found, how in zip(outputs, ("", " in a CUDA graph"), strict=False):
+            wrong = int((found != want).sum())  # NaN, too
+            if wrong:
+                error = float((found - want).abs().mean() / want.abs().mean())
+                raise UserError(
+                    f"self-test of layer {wrapper.layer_idx}: {wrong} of {want.numel()} outputs "
+                    f"for {tokens} tokens{how} differ, by {100 * error:.2g}% on average, from "
+                    f"those of the weights in {packed.layer_file_name(wrapper.layer_idx)}: "
+                    "expected the same bits; start again, test the memory, and try "
+                    f"KT_TARGET={PLAIN_TARGET}, which is slow"
+                )
     logger.info(
-        "kt_kernel: self-test of layer %d: %d experts give the bits of target %s, %.1f s",
+        "kt_kernel: self-test of layer %d: %d experts give the bits of target %s%s, %.1f s",
         wrapper.layer_idx,
         count,
         plain.target,
+        ", in CUDA graphs too" if len(outputs) > 1 else "",
         time.monotonic() - started,
     )
+
+
+def _replayed(
+    wrapper: KTMoEWrapper, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The output of a call that a CUDA graph has captured and replays."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = wrapper.forward(x, ids, weights)
+    graph.replay()
+    return captured.cpu()
 
 
 def _batch(

@@ -18,15 +18,18 @@ import torch
 
 from kt_kernel import _ext, packed
 from kt_kernel.calls import (
+    C,
     CapturedCall,
     CudaCall,
     Deferred,
+    OnStream,
     Pending,
     Queued,
     check_tensor,
     contiguous,
     copy_from_cuda,
     current_stream,
+    split_lightest,
 )
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
@@ -79,7 +82,6 @@ class KTMoEWrapper:
 
     _capture_batch_sizes: tuple[int, ...] = ()
     _deferred: Deferred | None = None  # of the layer called last
-    _deferral_reported = False
 
     def __init__(
         self,
@@ -138,7 +140,8 @@ class KTMoEWrapper:
         self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
         self._pending: Pending | CudaCall | CapturedCall | None = None
-        self._on_stream: _ext.StreamLayer | None = None
+        #: Calls in CUDA graphs: of the experts of now, and of those deferred.
+        self._on_stream: tuple[_ext.StreamLayer, _ext.StreamLayer] | None = None
 
     def _new_layer(self) -> _ext.Layer:
         layout = self._layout
@@ -362,11 +365,6 @@ class KTMoEWrapper:
         pending, self._pending = self._pending, None
         if pending is None:
             raise UserError(f"layer {self.layer_idx}: sync_forward without submit_forward")
-        if isinstance(pending, CapturedCall):
-            output = torch.empty_like(pending.like)
-            assert self._on_stream is not None
-            self._on_stream.sync(current_stream(output), output.data_ptr())
-            return output
         if isinstance(pending, CudaCall):
             pending.copied.synchronize()
             pending = self._submit(pending.x, pending.ids, pending.weights)
@@ -388,14 +386,13 @@ class KTMoEWrapper:
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> Pending:
         x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
-        before = self._take_deferred(x)
+        before = self._take_deferred(x, Queued)
         if not self._num_deferred:
             return Pending(self._queue(x, ids, weights), before)
-        lightest = weights.topk(self._num_deferred, largest=False).indices
-        later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
-        now = self._queue(x, ids.masked_fill(later, -1), weights)
+        ids, later = split_lightest(ids, weights, self._num_deferred)
+        now = self._queue(x, ids, weights)
         try:
-            deferred = self._queue(x, ids.masked_fill(~later, -1), weights)
+            deferred = self._queue(x, later, weights)
         except UserError:
             now.job.wait()  # it writes to memory that would go
             raise
@@ -410,40 +407,31 @@ class KTMoEWrapper:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
         return Queued(job, output)
 
-    def _take_deferred(self, x: torch.Tensor) -> Queued | None:
-        """What the MoE layer before has deferred.
-
-        A pass goes through the layers in their order: what a later layer or this one has left is
-        of a pass that was never finished.
-        """
+    def _take_deferred(self, x: torch.Tensor, kind: type[C]) -> C | None:
+        """What the MoE layer before has left for this one's output, in a pass of this kind."""
         deferred, KTMoEWrapper._deferred = KTMoEWrapper._deferred, None
-        if deferred is None:
-            return None
-        output = deferred.queued.output
-        if deferred.layer_idx < self.layer_idx and output.shape == x.shape:
-            return deferred.queued
-        deferred.queued.job.wait()  # it writes to memory that goes now
-        if deferred.layer_idx < self.layer_idx:
-            raise UserError(
-                f"layer {self.layer_idx} is called with {x.shape[0]} tokens after layer "
-                f"{deferred.layer_idx} has deferred experts of {output.shape[0]} tokens: expected "
-                "the same batch; set KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
-            )
-        return None
+        return None if deferred is None else deferred.into(self.layer_idx, x.shape, kind)
 
     def _capture(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> CapturedCall:
         """Put the call on the stream being captured; nothing runs before the graph's replay."""
-        if self._num_deferred and not KTMoEWrapper._deferral_reported:
-            KTMoEWrapper._deferral_reported = True
-            logger.warning("kt_kernel: calls in CUDA graphs defer no experts: all run at once")
         if self._on_stream is None:
-            self._on_stream = _ext.StreamLayer(stream_context(), self._layer, self.layer_idx)
+            arguments = stream_context(), self._layer, self.layer_idx
+            self._on_stream = _ext.StreamLayer(*arguments), _ext.StreamLayer(*arguments, True)
+        on_stream, deferred_on_stream = self._on_stream
         # Copies that this makes are freed here, but reused only by what comes later on the stream.
         x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
-        self._on_stream.submit(current_stream(x), *self._inputs(x, ids, weights))
-        return CapturedCall(x)
+        before = self._take_deferred(x, OnStream)
+        stream = current_stream(x)
+        if self._num_deferred:
+            ids, later = split_lightest(ids, weights, self._num_deferred)
+        on_stream.submit(stream, *self._inputs(x, ids, weights))
+        if self._num_deferred:
+            deferred_on_stream.submit(stream, *self._inputs(x, later, weights))
+            deferred = Deferred(self.layer_idx, OnStream(deferred_on_stream, x))
+            KTMoEWrapper._deferred = deferred
+        return CapturedCall(OnStream(on_stream, x), before)
 
     def _inputs(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from kt_kernel import _ext, packed
 from tests import portable_isa
@@ -37,6 +38,14 @@ def pytest_report_header() -> str:
     if tile_unit.ABSENT:
         notes.append(f"testing them with portable intrinsics {portable_isa.NEEDS}")
     return "; ".join(notes)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(params=INTEGER_TARGETS)

@@ -21,8 +21,8 @@ void bind_stream(py::module_& module) {
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<StreamLayer>(module, "StreamLayer")
-      .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int>(),
-           py::arg("context"), py::arg("layer"), py::arg("layer_idx"))
+      .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int, bool>(),
+           py::arg("context"), py::arg("layer"), py::arg("layer_idx"), py::arg("deferred") = false)
       .def(
           "submit",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t x, const std::string& dtype,

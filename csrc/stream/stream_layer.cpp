@@ -47,7 +47,7 @@ StreamContext::Pinned StreamContext::carve(const Shape& shape) {
   return {memory, memory + 2 * rows, memory + 2 * rows + routing, memory + rows};
 }
 
-StreamContext::Pinned StreamContext::captured(const Shape& shape, int set) {
+StreamContext::Pinned StreamContext::captured(const Shape& shape, size_t set) {
   const std::lock_guard lock(mutex_);
   Pinned& pinned = captured_[{shape, set}];
   if (pinned.x == nullptr) pinned = carve(shape);
@@ -55,17 +55,17 @@ StreamContext::Pinned StreamContext::captured(const Shape& shape, int set) {
 }
 
 // What was too small stays: calls on the stream may be using it.
-StreamContext::Pinned StreamContext::passing(const Shape& shape, int set) {
+StreamContext::Pinned StreamContext::passing(const Shape& shape, size_t set) {
   const std::lock_guard lock(mutex_);
-  Shape& has = passing_shape_[static_cast<size_t>(set)];
+  Shape& has = passing_shape_[set];
   if (has.tokens * has.row_bytes < shape.tokens * shape.row_bytes ||
       has.tokens * has.top_k < shape.tokens * shape.top_k) {
     // At least twice as large: all that is left behind is no more than what is in use.
     has = {std::max(shape.tokens, 2 * has.tokens), std::max(shape.row_bytes, has.row_bytes),
            std::max(shape.top_k, has.top_k)};
-    passing_[static_cast<size_t>(set)] = carve(has);
+    passing_[set] = carve(has);
   }
-  return passing_[static_cast<size_t>(set)];
+  return passing_[set];
 }
 
 std::string StreamContext::failure() const {
@@ -110,8 +110,11 @@ struct StreamLayer::Call {
 };
 
 StreamLayer::StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer,
-                         int layer_idx)
-    : context_(std::move(context)), layer_(std::move(layer)), layer_idx_(layer_idx) {}
+                         int layer_idx, bool deferred)
+    : context_(std::move(context)),
+      layer_(std::move(layer)),
+      layer_idx_(layer_idx),
+      set_(static_cast<size_t>(layer_idx % 2 + (deferred ? 2 : 0))) {}
 
 StreamLayer::~StreamLayer() = default;
 
@@ -166,10 +169,9 @@ void StreamLayer::submit(CudaStream stream, const void* x, ActivationDtype dtype
   const int64_t element = dtype == ActivationDtype::kBf16 ? 2 : 4;
   const StreamContext::Shape shape{tokens, config.hidden_size * element, config.top_k};
   const bool captured = capture == kCaptureActive;
-  const int set = layer_idx_ % 2;
   auto call = std::make_unique<Call>(Call{
       context_, layer_, layer_idx_, dtype, tokens, static_cast<size_t>(tokens * shape.row_bytes),
-      on_gpu, captured ? context_->captured(shape, set) : context_->passing(shape, set), captured,
+      on_gpu, captured ? context_->captured(shape, set_) : context_->passing(shape, set_), captured,
       nullptr});
   const auto fetch = [&](uint8_t* to, const void* from, int64_t bytes) {
     cuda.check(cuda.memcpy_async(to, from, static_cast<size_t>(bytes), kDeviceToHost, stream),

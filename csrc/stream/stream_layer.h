@@ -23,7 +23,8 @@
 namespace kt {
 
 // What the calls of all layers share: pinned memory, and what has gone wrong. Calls follow each
-// other on one stream, so layers take turns with two sets of memory.
+// other on one stream, so layers take turns with two sets of memory, and with two more for the
+// experts that they defer: those calls end in the next layer.
 class StreamContext {
  public:
   explicit StreamContext(const CudaRuntime& runtime) : runtime(runtime) {}
@@ -42,10 +43,12 @@ class StreamContext {
     auto operator<=>(const Shape&) const = default;
   };
 
-  // Memory that is the same for every captured call of this shape and set (0 or 1), for ever: a
-  // graph keeps its addresses. Calls that are not captured share two sets that grow.
-  Pinned captured(const Shape& shape, int set);
-  Pinned passing(const Shape& shape, int set);
+  static constexpr size_t kSets = 4;
+
+  // Memory that is the same for every captured call of this shape and set, for ever: a graph keeps
+  // its addresses. Calls that are not captured share sets that grow.
+  Pinned captured(const Shape& shape, size_t set);
+  Pinned passing(const Shape& shape, size_t set);
 
   // The first thing that went wrong, or nothing; all calls refuse from then on, since a result is
   // missing from the middle of a model's pass.
@@ -68,9 +71,9 @@ class StreamContext {
   Pinned carve(const Shape& shape);
 
   mutable std::mutex mutex_;
-  std::map<std::tuple<Shape, int>, Pinned> captured_;
-  std::array<Shape, 2> passing_shape_;
-  std::array<Pinned, 2> passing_;
+  std::map<std::tuple<Shape, size_t>, Pinned> captured_;
+  std::array<Shape, kSets> passing_shape_;
+  std::array<Pinned, kSets> passing_;
   std::string failure_;
   std::list<Waiting> waiting_;
 };
@@ -78,7 +81,9 @@ class StreamContext {
 // The calls of one layer.
 class StreamLayer {
  public:
-  StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx);
+  // `deferred`: its calls are of a layer's deferred experts, and end during the next layer's call.
+  StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx,
+              bool deferred);
   ~StreamLayer();  // graphs that captured its calls must be gone
 
   // Puts the start of a call on the stream; arguments as Layer::submit's, x, ids and weights in
@@ -97,6 +102,7 @@ class StreamLayer {
   const std::shared_ptr<StreamContext> context_;
   const std::shared_ptr<Layer> layer_;
   const int layer_idx_;
+  const size_t set_;  // of pinned memory
   Call* pending_ = nullptr;
   std::vector<std::unique_ptr<Call>> captured_calls_;  // graphs refer to them
 };

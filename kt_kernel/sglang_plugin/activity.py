@@ -113,7 +113,14 @@ def check_first_and_last_layer(runner: Any) -> None:
         )
     wrappers.sort(key=lambda wrapper: wrapper.layer_idx)
     for wrapper in wrappers[:1] + wrappers[1:][-1:]:
-        check_layer(wrapper, runner.device)
+        check_layer(wrapper, runner.device, captures_graphs(runner.server_args))
+
+
+def captures_graphs(server_args: Any) -> bool:
+    """Whether SGLang will capture CUDA graphs of the decode or of the prefill, on a GPU."""
+    config = getattr(server_args, "cuda_graph_config", None)
+    phases = (getattr(config, name, None) for name in ("decode", "prefill"))
+    return any(phase is not None and phase.backend != "disabled" for phase in phases)
 
 
 def _check_available() -> None:

@@ -8,7 +8,7 @@ import torch
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LAYERS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+pytestmark = pytest.mark.gpu
 
 SHAPE = LAYERS[0]
 

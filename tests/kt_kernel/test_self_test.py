@@ -117,3 +117,14 @@ def test_a_file_that_is_gone_is_one_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match=r"layer-003\.safetensors does not exist"):
         check_layer(wrapper)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [False, True])
+def test_on_a_gpu(
+    tmp_path: Path, method: str, graphs: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_layer(tmp_path, layout_of(method), 3)
+    with caplog.at_level(logging.INFO):
+        check_layer(loaded(tmp_path, method), "cuda", graphs)
+    assert ("in CUDA graphs too" in caplog.text) == graphs

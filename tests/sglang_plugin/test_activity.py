@@ -12,6 +12,7 @@ import torch
 from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin.activity import (
     KT_FLAG_DEFAULTS,
+    captures_graphs,
     check_first_and_last_layer,
     check_kt_flags,
     check_kt_is_in_use,
@@ -157,6 +158,16 @@ def test_loading_checks_that_kt_is_in_use() -> None:
     assert loaded == [through_kt]
     with pytest.raises(SystemExit):
         load_model_through_kt(loaded.append, runner(object()))
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "expected"),
+    [("full", "disabled", True), ("disabled", "full", True), ("disabled", "disabled", False)],
+)
+def test_whether_graphs_are_captured(decode: str, prefill: str, expected: bool) -> None:
+    phases = {"decode": decode, "prefill": prefill}
+    config = SimpleNamespace(**{n: SimpleNamespace(backend=b) for n, b in phases.items()})
+    assert captures_graphs(SimpleNamespace(cuda_graph_config=config)) == expected
 
 
 def loaded_layers(folder: Path, damaged: int | None = None) -> Any:

@@ -28,6 +28,14 @@ report["attention"] = {
     for name in ("torch_native", "triton")
 }
 
+from kt_kernel.sglang_plugin.activity import captures_graphs
+from sglang.srt.model_executor.cuda_graph_config import Backend, CudaGraphConfig, PhaseConfig
+off = PhaseConfig(backend=Backend.DISABLED)
+report["graphs"] = [
+    captures_graphs(type("ServerArgs", (), {"cuda_graph_config": config}))
+    for config in (CudaGraphConfig(), CudaGraphConfig(decode=off, prefill=off))
+]
+
 # Another process, another SGLang: one that no longer has a target.
 def broken(*args): ...
 hooks.HOOKS.append(hooks.Hook(
@@ -63,6 +71,11 @@ def test_every_hook_takes() -> None:
 def test_attention_is_absorbed_mla() -> None:
     report, _ = outcome()
     assert report["attention"] == {"torch_native": "MLA", "triton": "MLA"}
+
+
+def test_graph_settings_are_where_they_are_looked_for() -> None:
+    report, _ = outcome()
+    assert report["graphs"] == [True, False]
 
 
 def test_a_hook_that_fails_ends_the_process_with_its_name_and_the_version() -> None:

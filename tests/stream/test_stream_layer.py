@@ -37,6 +37,13 @@ def context() -> _ext.StreamContext:
     return _ext.StreamContext(fake_cuda.library()._name)
 
 
+def inputs(
+    tokens: int, dtype: torch.dtype, seed: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random inputs, the same for the same arguments."""
+    return random_batch(SHAPE, tokens, tokens if seed is None else seed, dtype)
+
+
 @dataclass
 class Batch:
     """Inputs and output of calls with as many tokens, in device memory."""
@@ -47,8 +54,8 @@ class Batch:
     out: Array
 
     @classmethod
-    def of(cls, tokens: int, dtype: torch.dtype = torch.float32) -> Batch:
-        x, ids, weights = random_batch(SHAPE, tokens, seed=tokens, dtype=dtype)
+    def of(cls, tokens: int, dtype: torch.dtype = torch.float32, seed: int | None = None) -> Batch:
+        x, ids, weights = inputs(tokens, dtype, seed)
         bits = x.view(torch.int16).numpy() if dtype == torch.bfloat16 else x.numpy()
         return cls(Array(bits), Array(ids.numpy()), Array(weights.numpy()), Array(bits * 0))
 
@@ -63,9 +70,10 @@ class Layer:
             method, num_gpu_experts=GPU_EXPERTS
         )
         self.on_stream = _ext.StreamLayer(context, self.wrapper._layer, layer_idx)
+        self.deferred = _ext.StreamLayer(context, self.wrapper._layer, layer_idx, deferred=True)
 
-    def submit(self, stream: Stream, batch: Batch) -> None:
-        self.on_stream.submit(
+    def submit(self, stream: Stream, batch: Batch, deferred: bool = False) -> None:
+        (self.deferred if deferred else self.on_stream).submit(
             stream.handle,
             batch.x.address,
             "fp32" if batch.x.dtype == np.float32 else "bf16",
@@ -89,8 +97,10 @@ class Layer:
         stream.fill(batch.ids, 0xFF)
         self.sync(stream, batch.out)
 
-    def expected(self, tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self.wrapper.forward(*random_batch(SHAPE, tokens, seed=tokens, dtype=dtype), 0)
+    def expected(
+        self, tokens: int, dtype: torch.dtype = torch.float32, seed: int | None = None
+    ) -> torch.Tensor:
+        return self.wrapper.forward(*inputs(tokens, dtype, seed), 0)
 
 
 def result(array: Array) -> torch.Tensor:
@@ -155,6 +165,39 @@ def test_a_graph_of_sixty_layers_replays(context: _ext.StreamContext, stream: St
                 x = layer.wrapper.forward(x, order, weights, 0)
                 assert torch.equal(result(out), x)
     assert fake_cuda.library().fake_pinned_blocks() == pinned
+
+
+def test_deferred_calls_end_in_the_next_layer(context: _ext.StreamContext, stream: Stream) -> None:
+    """Each layer's second call, of other inputs, is fetched after the next layer's first."""
+    tokens, dtype = 4, torch.float32  # of all calls, which so have the same memory in turn
+    layers = [Layer(context, layer_idx) for layer_idx in range(5)]
+    calls = [[Batch.of(tokens, dtype, 2 * i + j) for j in (0, 1)] for i in range(5)]
+
+    def all_layers() -> None:
+        left: list[tuple[Layer, Batch]] = []
+        for layer, (now, later) in zip(layers, calls, strict=True):
+            layer.submit(stream, now)
+            layer.submit(stream, later, deferred=True)
+            layer.sync(stream, now.out)
+            for before, batch in left:
+                before.deferred.sync(stream.handle, batch.out.address)
+            left = [(layer, later)]
+        layer.deferred.sync(stream.handle, later.out.address)
+
+    fake_cuda.library().fake_set_delay(100)
+    all_layers()
+    stream.begin_capture()
+    all_layers()
+    graph = stream.end_capture()
+    for replay in (lambda: None, lambda: stream.launch(graph)):
+        replay()
+        stream.synchronize()
+        for i, layer in enumerate(layers):
+            for j, batch in enumerate(calls[i]):
+                want = layer.expected(tokens, dtype, 2 * i + j)
+                assert torch.equal(result(batch.out), want), (i, j)
+                stream.fill(batch.out, 0)
+        stream.synchronize()
 
 
 def test_memory_of_a_graph_outlives_other_calls(

@@ -1,0 +1,87 @@
+"""Stock SGLang on an NVIDIA GPU with the experts on the CPUs answers what the CPU mode answers.
+
+``make gpu-test`` runs this, on any machine with a card, and prints a table of what it saw.
+"""
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import Prompt, Result, summary
+from tests.gpu.conftest import ask_all
+from tests.serve.server import Server
+
+pytestmark = [pytest.mark.serve, pytest.mark.gpu]
+
+TIMED_TOKENS = 128
+PROMPT = list(range(10, 42))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way of serving: resident experts of each MoE layer, and which phases have graphs."""
+
+    resident: int
+    decode_graph: bool
+    prefill_graph: bool = False
+
+    def __str__(self) -> str:
+        phases = {"decode": self.decode_graph, "prefill": self.prefill_graph}
+        graphs = " and ".join(phase for phase, captured in phases.items() if captured)
+        return f"{self.resident} resident experts, graphs: {graphs or 'none'}"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {
+            "KT_NUM_GPU_EXPERTS": str(self.resident),
+            "KT_DECODE_CUDA_GRAPH": str(int(self.decode_graph)),
+            "KT_PREFILL_CUDA_GRAPH": str(int(self.prefill_graph)),
+        }
+
+
+CASES = [Case(1, True), Case(0, True), Case(4, True), Case(0, False), Case(1, True, True)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_answers_are_those_of_the_cpu_mode(
+    case: Case,
+    settings: dict[str, str],
+    prompts: list[Prompt],
+    on_cpu: list[Result],
+    rows: list[str],
+    tmp_path: Path,
+) -> None:
+    with Server({**settings, **case.settings}, tmp_path / "server.log") as server:
+        answers = ask_all(server, prompts, tmp_path)
+        speed = [tokens_per_second(server, requests) for requests in (1, 8)]
+        log = server.log.read_text(errors="replace")
+    found = summary(on_cpu, answers)
+    rows.append(
+        f"| {case} | {server.start_seconds:.0f} | {found['accuracy']:.1%} | "
+        f"{found['same answers']:.1%} | {found['KL']:.1e} | {speed[0]:.0f} | {speed[1]:.0f} |"
+    )
+    different = [
+        (a.prompt.question, a.text, b.text)
+        for a, b in zip(on_cpu, answers, strict=True)
+        if a.text != b.text
+    ]
+    assert not different
+    assert "self-test of layer 1: " in log
+    for phase, captured in (("Decode", case.decode_graph), ("Prefill", case.prefill_graph)):
+        # SGLang says so of many batches.
+        said = set(re.findall(rf"{phase} batch.* cuda graph: (\w+)", log))
+        assert said == {str(captured)}, phase
+
+
+def tokens_per_second(server: Server, requests: int) -> float:
+    """Greedy tokens of so many requests at a time, the second time they are asked."""
+    with ThreadPoolExecutor(requests) as clients:
+        for _ in range(2):
+            started = time.perf_counter()
+            list(clients.map(lambda _: server.generate(PROMPT, TIMED_TOKENS), range(requests)))
+            seconds = time.perf_counter() - started
+    return requests * TIMED_TOKENS / seconds
