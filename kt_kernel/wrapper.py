@@ -71,7 +71,7 @@ class KTMoEWrapper:
         max_deferred_experts_per_token: of a token's top-k, that many of the smallest weights go
             into the next MoE layer's output instead of this one's: an approximation, which lets the
             CPU work while the GPU is at the next layer's attention. None and 0 defer none, which
-            SGLang passes to the last layer. Not in calls that a CUDA graph captures.
+            SGLang passes to the last layer.
         numa_nodes, cpu_save: accepted for the fork and not needed.
         mode: ``"inference"``.
         swiglu_limit, swiglu_alpha: 0.0; V3.2 has neither.

@@ -23,7 +23,6 @@ ADDED = [
     "--json-model-override-args",
     '{"index_topk": null}',
     "--disable-prefill-cuda-graph",
-    "--disable-decode-cuda-graph",
     "--tool-call-parser",
     "deepseekv32",
     "--reasoning-parser",

@@ -144,7 +144,7 @@ def test_the_tutorials_command_is_understood(
     assert parsed["kt_weight_path"] == "/path/to/deepseek-v3.2-INT4"
     assert json.loads(parsed["json_model_override_args"]) == {"index_topk": None}
     assert parsed["disable_prefill_cuda_graph"] is True
-    assert parsed["disable_decode_cuda_graph"] is True
+    assert parsed["disable_decode_cuda_graph"] is False
 
 
 def test_the_other_flags_are_understood(sglang: dict[str, Any]) -> None:
