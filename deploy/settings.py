@@ -323,8 +323,8 @@ TABLE: tuple[Setting, ...] = (
         ADDED, ("serve", "check"), _serve("--disable-prefill-cuda-graph", inverted=True),
         tutorial="0",
         adds="--disable-prefill-cuda-graph",
-        reason="prefill is bound by the CPU experts, which a graph does not speed up, and its graphs "
-        "take 1.5 GiB",
+        reason="prefill is bound by the CPU experts, which a graph does not speed up, and its "
+        "graphs take 1.5 GiB",
         turn_off="KT_PREFILL_CUDA_GRAPH=1",
     ),
     Setting(

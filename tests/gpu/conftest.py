@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.quality import Prompt, Result, ask
 from benchmarks.quality_tiny import prompts as held_out
-from examples.tiny.trained import CHECKPOINT
+from tests.gpu.padded import write_padded
 from tests.serve.server import REPOSITORY, Server
 
 MODEL = "DeepSeek-V3.2"
@@ -45,15 +45,17 @@ def prompts() -> list[Prompt]:
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of the trained checkpoint with INT4 experts; all else is the tutorial's."""
-    weights = tmp_path_factory.mktemp("gpu") / "int4"
+    folder = tmp_path_factory.mktemp("gpu")
+    model, weights = folder / "model", folder / "int4"
+    write_padded(model)
     command = [
-        *(sys.executable, "-m", "convert", "--input-path", str(CHECKPOINT), "--input-type", "fp8"),
+        *(sys.executable, "-m", "convert", "--input-path", str(model), "--input-type", "fp8"),
         *("--output", str(weights), "--quant-method", "int4", "--no-merge-safetensor"),
     ]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return {
-        "KT_MODEL_PATH": str(CHECKPOINT),
+        "KT_MODEL_PATH": str(model),
         "KT_WEIGHT_PATH": str(weights),
         "KT_CPUINFER": "auto",
         "KT_THREADPOOL_COUNT": "auto",
