@@ -129,7 +129,7 @@ void run(const std::string& library, int calls) {
   for (std::thread& thread : threads) thread.join();
 
   const auto context = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
-  kt::StreamLayer first(context, layers[0], 0), second(context, layers[1], 1);
+  kt::StreamLayer first(context, layers[0], 0, false), second(context, layers[1], 1, false);
   void* const stream = fake_stream();
   std::vector<OnDevice> batches(inputs.begin(), inputs.end());
   std::atomic<bool> stop{false};
@@ -170,7 +170,7 @@ void run(const std::string& library, int calls) {
   fake_synchronize(stream);
   engine->pool.drain();
   const auto other = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
-  kt::StreamLayer third(other, layers[0], 0);
+  kt::StreamLayer third(other, layers[0], 0, false);
   batches[0].ids[0] = 99;
   batches[0].submit(third, stream);
   fake_synchronize(stream);
