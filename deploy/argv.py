@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deploy.by_card import attention_backend, choose_sizes, dense_attention
+from deploy.by_card import attention_backend, choose_sizes, dense_attention, gpus_used
 from deploy.config import Config
 from deploy.machine import Machine
 from deploy.setting import AUTO, Flag, Setting
 from deploy.settings import BY_NAME, SECRETS, commanded
 from kt_kernel.errors import UserError
-from kt_kernel.host import CPUS_BESIDE_EXPERTS
+from kt_kernel.host import cpus_beside_experts
 from kt_kernel.sglang_plugin.device import launch_environment
 
 SGLANG_MODULE = "sglang.launch_server"
@@ -71,13 +71,14 @@ def resolve(
         f"found {gpu.name}" if gpu else machine.gpu_problem or "no NVIDIA GPU found",
     )
     # The conversion leaves the GPU alone.
-    beside = values["KT_DEVICE"] if stage == "serve" else "cpu"
+    gpus = gpus_used(values) if stage == "serve" else 0
     why = f"{machine.cores} physical cores"
     if machine.cpu_quota:
         why += f", a quota of {machine.cpu_quota:g} CPUs"
-    if beside == "cuda":
-        why += f", {CPUS_BESIDE_EXPERTS} CPUs left for SGLang's scheduler and CUDA's host functions"
-    choose("KT_CPUINFER", machine.expert_threads(beside), why)
+    if gpus:
+        beside = cpus_beside_experts(gpus)
+        why += f", {beside} CPUs left for SGLang's schedulers and CUDA's host functions"
+    choose("KT_CPUINFER", machine.expert_threads(gpus), why)
     choose(
         "KT_THREADPOOL_COUNT",
         min(machine.numa_nodes, values["KT_CPUINFER"]),

@@ -26,6 +26,12 @@ SMALL_BYTES = 2 * GIB
 TOKEN_STEP = 1000
 
 
+def gpus_used(values: Mapping[str, Any]) -> int:
+    """GPUs that share the model; 0 in CPU mode. ``KT_DEVICE`` is not ``auto`` any more."""
+    count: int = values["KT_TENSOR_PARALLEL_SIZE"]
+    return count if values["KT_DEVICE"] == "cuda" else 0
+
+
 def dense_attention(values: Mapping[str, Any], machine: Machine) -> tuple[bool, str]:
     """Whether to replace sparse attention by dense attention, and why."""
     backend = values["KT_ATTENTION_BACKEND"]

@@ -19,9 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.by_card import gpus_used
 from deploy.limits import Memory, read_memory
 from deploy.machine import Machine
-from kt_kernel.host import CPUS_BESIDE_EXPERTS
+from kt_kernel.host import cpus_beside_experts
 
 if TYPE_CHECKING:
     from deploy.needs import Needs
@@ -146,7 +147,8 @@ def check_threads(situation: Situation) -> Iterator[Result]:
     threads: int = situation.values["KT_CPUINFER"]
     pools: int = situation.values["KT_THREADPOOL_COUNT"]
     cpus = f"{machine.cores} cores with {machine.cpus} CPUs in this process's CPU set"
-    auto = machine.expert_threads(situation.values["KT_DEVICE"])
+    gpus = gpus_used(situation.values)
+    auto = machine.expert_threads(gpus)
     expected = f"KT_CPUINFER of at most {machine.cores}"
     if threads > machine.cpus:
         yield Result(
@@ -172,12 +174,12 @@ def check_threads(situation: Situation) -> Iterator[Result]:
             f"{threads} threads for {cpus}",
             f"two threads of a core share its units: set KT_CPUINFER={auto} or auto",
         )
-    elif situation.values["KT_DEVICE"] == "cuda" and threads > auto:
+    elif gpus and threads > auto:
         yield Result(
             "threads",
             Status.WARN,
-            f"KT_CPUINFER of at most {auto}, which leaves {CPUS_BESIDE_EXPERTS} CPUs to SGLang's "
-            f"scheduler and CUDA's host functions",
+            f"KT_CPUINFER of at most {auto}, which leaves {cpus_beside_experts(gpus)} CPUs to "
+            f"SGLang's schedulers and CUDA's host functions",
             f"{threads} threads for {machine.usable_cpus} CPUs",
             f"each layer would wait for time slices: set KT_CPUINFER={auto} or auto",
         )

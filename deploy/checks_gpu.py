@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.by_card import choose_sizes, memory_of
+from deploy.by_card import choose_sizes, gpus_used, memory_of
 from deploy.checks import Result, Situation, Status
 from deploy.gpu_memory import GIB, GpuMemory
 from deploy.machine import Gpu
@@ -40,7 +40,7 @@ def check_device(situation: Situation) -> Iterator[Result]:
     else:
         gpu = machine.gpu
         capability = ".".join(map(str, gpu.compute_capability))
-        wanted = situation.values["KT_TENSOR_PARALLEL_SIZE"] if device == "cuda" else 1
+        wanted = max(1, gpus_used(situation.values))
         enough = gpu.count >= wanted
         yield Result(
             "gpu",

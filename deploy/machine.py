@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kt_kernel.host import CPUS_BESIDE_EXPERTS, parse_cpu_list, read_cpu_quota
+from kt_kernel.host import cpus_beside_experts, parse_cpu_list, read_cpu_quota
 
 _CUDA_ERROR_NO_DEVICE = 100
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
@@ -67,10 +67,12 @@ class Machine:
         """Logical CPUs that can be busy at the same time: the CPU set's, within the quota."""
         return self.cpus if self.cpu_quota is None else min(self.cpus, math.floor(self.cpu_quota))
 
-    def expert_threads(self, device: str) -> int:
-        """Threads for KT_CPUINFER=auto: one per physical core, but for what else must run."""
-        others = CPUS_BESIDE_EXPERTS if device == "cuda" else 0
-        return max(1, min(self.cores, self.usable_cpus - others))
+    def expert_threads(self, gpus: int) -> int:
+        """Threads for KT_CPUINFER=auto: one per physical core, but for what else must run.
+
+        gpus: how many the server is to use, 0 for the CPU mode.
+        """
+        return max(1, min(self.cores, self.usable_cpus - cpus_beside_experts(gpus)))
 
 
 def survey(root: Path = Path("/")) -> Machine:

@@ -11,7 +11,7 @@ import torch
 
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
-from kt_kernel.host import CPUS_BESIDE_EXPERTS, huge_page_mode, read_cpu_quota
+from kt_kernel.host import cpus_beside_experts, huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
 
@@ -71,15 +71,16 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
             cores,
             cores,
         )
-    # Without CUDA nothing else runs while the experts do.
-    if torch.cuda.is_initialized() and granted - running < CPUS_BESIDE_EXPERTS:
+    # Without CUDA nothing else runs while the experts do; of several GPUs this process sees one.
+    beside = cpus_beside_experts(int(torch.cuda.is_initialized()))
+    if granted - running < beside:
         logger.warning(
             "kt_kernel: %d threads on %d CPUs leave too few to SGLang's scheduler and CUDA's host "
             "functions, and each layer waits for time slices of milliseconds: --kt-cpuinfer %d is "
             "faster",
             running,
             granted,
-            max(1, granted - CPUS_BESIDE_EXPERTS),
+            max(1, granted - beside),
         )
     if huge_page_mode() == "never":
         logger.warning(

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CPUS_BESIDE_EXPERTS = 2
-"""CPUs that a server on a GPU needs besides the experts' threads.
 
-SGLang's scheduler and CUDA's thread for host functions poll all the time. A pinned worker that
-shares its CPU with one of them keeps each layer waiting for a time slice, which is milliseconds
-(docs/performance.md).
-"""
+def cpus_beside_experts(gpus: int) -> int:
+    """CPUs that a server on so many GPUs needs besides the experts' threads; 0 for none.
+
+    SGLang's scheduler of each GPU, and CUDA's thread for host functions on the first, poll all the
+    time. A pinned worker that shares its CPU with one of them keeps each layer waiting for a time
+    slice, which is milliseconds (docs/performance.md).
+    """
+    return gpus + 1 if gpus else 0
 
 
 def read_cpu_quota(root: Path = Path("/")) -> float | None:

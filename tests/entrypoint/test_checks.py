@@ -212,7 +212,7 @@ def test_threads(machine: Machine, threads: str, status: Status) -> None:
     found = results(checks.check_threads, machine, KT_CPUINFER=threads)
     assert found[0].status is status
     if status is Status.FAIL:
-        assert f"set KT_CPUINFER={machine.expert_threads('cpu')}" in found[0].todo
+        assert f"set KT_CPUINFER={machine.expert_threads(0)}" in found[0].todo
 
 
 def test_thread_pools() -> None:

@@ -59,7 +59,7 @@ def test_no_cpu_left_beside_the_gpu_is_said(
 ) -> None:
     make_engine(len(CPUS))
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
-    monkeypatch.setattr(engine, "CPUS_BESIDE_EXPERTS", 1)
+    monkeypatch.setattr(engine, "cpus_beside_experts", lambda gpus: gpus)
     make_engine(len(CPUS) - 1)
     assert "faster" not in caplog.text
     make_engine(len(CPUS))
