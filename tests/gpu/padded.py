@@ -1,8 +1,9 @@
 """The trained checkpoint at sizes that SGLang's GPU kernels take, computing the same.
 
-FP8 experts on a GPU have an intermediate size that is a multiple of 128, and the Triton decode
-takes latents of 512 + 64 or 256 + 32 values. So experts and latents get more values, all zero; the
-norm over the latent, whose mean square is then smaller, gets smaller weights.
+What a GPU holds of an FP8 matrix that is divided among GPUs has a multiple of 128 rows or columns,
+and the Triton decode takes latents of 512 + 64 or 256 + 32 values. So experts, latents and heads
+get more values, all zero, enough for two GPUs; the norm over the latent, whose mean square is then
+smaller, gets smaller weights.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from examples.tiny.tensors import SCALE_SUFFIX
 from examples.tiny.train import SIZES
 from examples.tiny.trained import copy_checkpoint
 
-PADDED = dataclasses.replace(SIZES, moe_intermediate_size=128, kv_lora_rank=256)
-FIELDS = ("moe_intermediate_size", "kv_lora_rank")
+PADDED = dataclasses.replace(
+    SIZES, moe_intermediate_size=256, kv_lora_rank=256, num_attention_heads=8
+)
+HEADS = PADDED.num_attention_heads // SIZES.num_attention_heads
+"""Factor on the number of heads; the trained ones come first."""
 
 
 def write_padded(output: Path) -> None:
@@ -42,7 +46,17 @@ def write_padded(output: Path) -> None:
         save_file(tensors, shard, metadata={"format": "pt"})
     path = output / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {name: getattr(PADDED, name) for name in FIELDS}, indent=2))
+    path.write_text(json.dumps(config | padded_fields(), indent=2))
+
+
+def padded_fields() -> dict[str, int]:
+    """The fields of config.json that differ from the trained checkpoint's."""
+    return {
+        "moe_intermediate_size": PADDED.moe_intermediate_size,
+        "kv_lora_rank": PADDED.kv_lora_rank,
+        "num_attention_heads": PADDED.num_attention_heads,
+        "num_key_value_heads": PADDED.num_attention_heads,
+    }
 
 
 def padded(name: str, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,8 +68,13 @@ def padded(name: str, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         more = PADDED.moe_intermediate_size - SIZES.moe_intermediate_size
         rows += more * (projection != "down_proj")
         columns += more * (projection == "down_proj")
+    elif projection == "q_b_proj":
+        rows *= HEADS
     elif projection == "kv_b_proj":
+        rows *= HEADS
         columns = PADDED.kv_lora_rank
+    elif projection == "o_proj":
+        columns *= HEADS
     elif projection == "kv_a_proj_with_mqa":  # the latent, then what carries positions
         more = PADDED.kv_lora_rank - SIZES.kv_lora_rank
         place[SIZES.kv_lora_rank :] += more

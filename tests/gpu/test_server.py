@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.quality import Prompt, Result, summary
 from tests.gpu.conftest import ask_all
@@ -23,16 +24,19 @@ PROMPT = list(range(10, 42))
 
 @dataclass(frozen=True)
 class Case:
-    """One way of serving: resident experts of each MoE layer, and which phases have graphs."""
+    """One way of serving: resident experts of each MoE layer, which phases have graphs, and GPUs
+    that share the model."""
 
     resident: int
     decode_graph: bool
     prefill_graph: bool = False
+    gpus: int = 1
 
     def __str__(self) -> str:
         phases = {"decode": self.decode_graph, "prefill": self.prefill_graph}
         graphs = " and ".join(phase for phase, captured in phases.items() if captured)
-        return f"{self.resident} resident experts, graphs: {graphs or 'none'}"
+        gpus = "" if self.gpus == 1 else f", {self.gpus} GPUs"
+        return f"{self.resident} resident experts, graphs: {graphs or 'none'}{gpus}"
 
     @property
     def settings(self) -> dict[str, str]:
@@ -40,10 +44,18 @@ class Case:
             "KT_NUM_GPU_EXPERTS": str(self.resident),
             "KT_DECODE_CUDA_GRAPH": str(int(self.decode_graph)),
             "KT_PREFILL_CUDA_GRAPH": str(int(self.prefill_graph)),
+            "KT_TENSOR_PARALLEL_SIZE": str(self.gpus),
         }
 
 
-CASES = [Case(1, True), Case(0, True), Case(4, True), Case(0, False), Case(1, True, True)]
+CASES = [
+    Case(1, True),
+    Case(0, True),
+    Case(4, True),
+    Case(0, False),
+    Case(1, True, True),
+    Case(1, True, gpus=2),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -55,6 +67,8 @@ def test_answers_are_those_of_the_cpu_mode(
     rows: list[str],
     tmp_path: Path,
 ) -> None:
+    if torch.cuda.device_count() < case.gpus:
+        pytest.skip(f"needs {case.gpus} GPUs")
     with Server({**settings, **case.settings}, tmp_path / "server.log") as server:
         answers = ask_all(server, prompts, tmp_path)
         speed = [tokens_per_second(server, requests) for requests in (1, 8)]
