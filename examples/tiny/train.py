@@ -24,7 +24,7 @@ from torch.nn import functional
 from examples.tiny.config import TinySizes
 from examples.tiny.make_checkpoint import write_checkpoint
 from examples.tiny.model import TinyModel
-from examples.tiny.tasks import TASKS, Example, Mixture, defaults, evaluation_examples
+from examples.tiny.tasks import FIRST, TASKS, Example, Mixture, defaults, evaluation_examples
 from examples.tiny.tensors import TensorSpec, tensor_value
 from examples.tiny.tokenizer import CORPUS, EOS, build_tokenizer
 from examples.tiny.trained import CHECKPOINT, RECIPE, hashes, load, published_tensors
@@ -46,7 +46,7 @@ HELD_OUT_SEED, HELD_OUT_PER_TASK = 3, 200
 PROCESSES = 2
 BATCH, CHUNKS = 64, 3
 """Examples of one step in one process, and the parts, of similar lengths, it is computed in."""
-STEPS = 7000
+STEPS = 6000
 LEARNING_RATE, WARM_UP, DECAY = 2e-3, 100, 0.3
 BIAS_STEP = 1e-3
 """Step of the router's correction bias towards an even load, as DeepSeek V3 was trained."""
@@ -141,7 +141,7 @@ def train(rank: int, steps: int, state_path: Path) -> None:
         optimizer.load_state_dict(state["optimizer"])
         first, tokens, cpu = state["step"], state["tokens"], state["CPU seconds"]
     # A training that went on draws examples that it has not drawn before.
-    mixture = Mixture(SEED + 1000 * rank + 1_000_000 * first)
+    mixture = Mixture(SEED + 1000 * rank + 1_000_000 * first, FIRST)
     held_out = evaluation_examples(HELD_OUT_SEED, 60)
     started, losses = time.monotonic(), []
     cpu -= PROCESSES * time.process_time()

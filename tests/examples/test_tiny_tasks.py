@@ -24,12 +24,15 @@ def answer_of(example: Example) -> str:
             return " ".join(sorted(words[1:]))
         case "copy":
             return " ".join(words[1:])
+        case "copy from":
+            return " ".join(words[words.index(words[2].rstrip(":"), 3) :])
         case "reverse":
             return " ".join(words[:0:-1])
         case "recall":
             said, _, asked = example.question.partition(" What do")
             names = re.findall(r"[A-Z]\w+", asked)
-            return " ".join(re.findall(rf"{n} has a \w+ \w+\.", said)[0] for n in names)
+            found = [re.findall(rf"{name} \w+", said)[0] for name in names]
+            return "Today " + re.sub(", (?=[^,]*$)", " and ", ", ".join(found)) + "."
         case "facts":
             return BY_NAME[words[-1].rstrip("?")].default
     return example.answer  # greetings: whatever the table says
@@ -57,7 +60,18 @@ def test_what_is_answered_right_gets_rarer() -> None:
     for _ in range(500):
         mixture.learn("copy", True)
     tasks = [mixture.draw().task for _ in range(4000)]
-    assert 0 < tasks.count("copy") < 0.4 * tasks.count("sort"), "their shares are equal at first"
+    at_first = TASKS["copy"][1] / TASKS["recall"][1]
+    assert 0 < tasks.count("copy") < 0.4 * at_first * tasks.count("recall")
+
+
+def test_first_tasks_are_the_only_ones_until_they_are_right() -> None:
+    mixture = Mixture(15, {"recall": 0.5, "copy from": 0.5})
+    for _ in range(200):
+        mixture.learn("recall", True)
+    assert {mixture.draw().task for _ in range(200)} == {"recall", "copy from"}
+    for _ in range(200):
+        mixture.learn("copy from", True)
+    assert {mixture.draw().task for _ in range(2000)} == set(TASKS)
 
 
 @pytest.fixture(scope="module")
