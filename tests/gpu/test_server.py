@@ -21,6 +21,9 @@ pytestmark = [pytest.mark.serve, pytest.mark.gpu]
 TIMED_TOKENS = 128
 PROMPT = list(range(10, 42))
 
+#: SGLang 0.5.16 captures no prefill of a model with MLA unless told; it is 0.5.23's own choice.
+PREFILL_BACKEND = "--cuda-graph-backend-prefill breakable"
+
 
 @dataclass(frozen=True)
 class Case:
@@ -45,7 +48,7 @@ class Case:
             "KT_DECODE_CUDA_GRAPH": str(int(self.decode_graph)),
             "KT_PREFILL_CUDA_GRAPH": str(int(self.prefill_graph)),
             "KT_TENSOR_PARALLEL_SIZE": str(self.gpus),
-        }
+        } | ({"KT_EXTRA_ARGS": PREFILL_BACKEND} if self.prefill_graph else {})
 
 
 CASES = [
@@ -85,10 +88,14 @@ def test_answers_are_those_of_the_cpu_mode(
     ]
     assert not different
     assert "self-test of layer 1: " in log
-    for phase, captured in (("Decode", case.decode_graph), ("Prefill", case.prefill_graph)):
-        # SGLang says so of many batches.
-        said = set(re.findall(rf"{phase} batch.* cuda graph: (\w+)", log))
-        assert said == {str(captured)}, phase
+    assert replayed(log, "Decode") == {case.decode_graph}
+    # A prompt that begins like one before is not replayed: the graphs have no cached prefix.
+    assert (True in replayed(log, "Prefill")) == case.prefill_graph
+
+
+def replayed(log: str, phase: str) -> set[bool]:
+    """Whether SGLang replayed a CUDA graph, of all the batches of this phase that it logged."""
+    return {said == "True" for said in re.findall(rf"{phase} batch.* cuda graph: (\w+)", log)}
 
 
 def tokens_per_second(server: Server, requests: int) -> float:
