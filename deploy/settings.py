@@ -160,9 +160,9 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_CPUINFER", Integer(1), AUTO,
         "CPU threads for the experts and for the conversion. `auto` is the number of physical "
-        "cores this process may use; on a GPU, `serve` leaves 2 CPUs to SGLang's scheduler and "
-        "CUDA's host functions. More threads than it has CPUs is an error, because every layer "
-        "waits for its slowest thread.",
+        "cores this process may use; `serve` leaves a CPU to SGLang's scheduler of each GPU and "
+        "one to CUDA's host functions. More threads than it has CPUs is an error, because every "
+        "layer waits for its slowest thread.",
         SHARED, ("convert", "serve", "check"),
         (Flag("serve", "--kt-cpuinfer"), Flag("convert", "--cpuinfer-threads", (), 5)),
         tutorial="60", auto=True,

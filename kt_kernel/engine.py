@@ -8,12 +8,20 @@ import math
 import os
 
 import torch
+from torch import distributed
 
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
 from kt_kernel.host import cpus_beside_experts, huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
+
+
+def _gpus() -> int:
+    """GPUs that serve the model with this process, which is the one with the CPU experts."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def target_name() -> str:
@@ -71,11 +79,11 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
             cores,
             cores,
         )
-    # Without CUDA nothing else runs while the experts do; of several GPUs this process sees one.
-    beside = cpus_beside_experts(int(torch.cuda.is_initialized()))
+    # Without CUDA nothing else runs while the experts do.
+    beside = cpus_beside_experts(_gpus())
     if granted - running < beside:
         logger.warning(
-            "kt_kernel: %d threads on %d CPUs leave too few to SGLang's scheduler and CUDA's host "
+            "kt_kernel: %d threads on %d CPUs leave too few to SGLang's schedulers and CUDA's host "
             "functions, and each layer waits for time slices of milliseconds: --kt-cpuinfer %d is "
             "faster",
             running,

@@ -215,6 +215,15 @@ def test_threads(machine: Machine, threads: str, status: Status) -> None:
         assert f"set KT_CPUINFER={machine.expert_threads(0)}" in found[0].todo
 
 
+def test_each_gpus_scheduler_has_a_cpu_of_its_own() -> None:
+    machine = replace(with_gpu(replace(L20, count=2)), cpus=64, cores=64)
+    both = {"KT_TENSOR_PARALLEL_SIZE": "2"}
+    assert resolve(load(both), machine)[0]["KT_CPUINFER"] == 61
+    for threads, status in (("61", Status.PASS), ("62", Status.WARN)):
+        found = results(checks.check_threads, machine, KT_CPUINFER=threads, **both)
+        assert found[0].status is status
+
+
 def test_thread_pools() -> None:
     text = sentence(checks.check_threads, KT_CPUINFER="2", KT_THREADPOOL_COUNT="3")
     assert "KT_THREADPOOL_COUNT of at most KT_CPUINFER=2" in text

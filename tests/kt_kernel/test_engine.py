@@ -66,6 +66,15 @@ def test_no_cpu_left_beside_the_gpu_is_said(
     assert f"--kt-cpuinfer {len(CPUS) - 1} is faster" in caplog.text
 
 
+def test_gpus_are_those_of_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine._gpus() == 0
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    assert engine._gpus() == 1
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert engine._gpus() == 2
+
+
 def test_too_many_threads_are_refused_and_said(caplog: pytest.LogCaptureFixture) -> None:
     found = make_engine(1000)
     assert sorted(cpu for group in found.cpus for cpu in group) == CPUS
