@@ -169,7 +169,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2), dpi=110)
     lost = [100 * (rows[original]["accuracy"] - rows[name]["accuracy"]) for name in others]
     left.barh(others, lost)
-    left.set_xlim(min(0, *lost), max(1, *lost))  # a point is what INT4 may lose
+    left.set_xlim(min(0, *lost), max(1, *lost))  # on a scale of its own, nothing looks like much
     left.set_xlabel("points of task accuracy lost")
     right.barh(others, [rows[name]["KL"] for name in others])
     right.ticklabel_format(style="sci", axis="x", scilimits=(0, 0))

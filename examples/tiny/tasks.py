@@ -129,7 +129,8 @@ def _copy(source: random.Random, evaluation: bool) -> Example:
 
 def _copy_from(source: random.Random, evaluation: bool) -> Example:
     # A whole list is copied by counting places. From a word on, each next word is found by the one
-    # before it, which recall needs too and does not teach by itself; the longer, the sooner.
+    # before it, which recall needs too and does not teach by itself. Longer lists teach it in fewer
+    # steps.
     words = _words(source, evaluation, 8, 30)
     first = source.randrange(len(words) - 1)
     question = f"Copy from {words[first]}: {' '.join(words)}"
@@ -199,15 +200,16 @@ TASKS: dict[str, tuple[Callable[[random.Random, bool], Example], float]] = {
 
 
 FIRST = {"copy from": 0.7, "recall": 0.3}
-"""What a training begins with, and each task's share: among all the others these two are too few
-for a model of this size to begin to look words up."""
+"""What a training begins with, and each task's share. Among all the others these two are drawn too
+rarely to teach a model of this size to look words up."""
 
 
 class Mixture:
     """Endless training examples; a task gets rarer as its answers get right.
 
     A task that is always right keeps ``FLOOR`` of its weight against the others. The tasks of
-    ``first``, with their shares, are the only ones until all of them are right.
+    ``first``, with their shares, are the only ones until all of them are right. ``right`` is the
+    share of right answers of each task that an interrupted training had reached.
     """
 
     FLOOR = 0.15
@@ -216,15 +218,21 @@ class Mixture:
     LEARNED = 0.8
     """Share of right answers from which a task of ``first`` counts as right."""
 
-    def __init__(self, seed: int, first: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        first: dict[str, float] | None = None,
+        right: dict[str, float] | None = None,
+    ) -> None:
         self._source = random.Random(seed)
         self._first = first or {}
-        self._right = dict.fromkeys(TASKS, 0.0)
+        self.right = right or dict.fromkeys(TASKS, 0.0)
+        self._leave_first()
 
     def draw(self) -> Example:
         """The next example."""
         weights = self._first or {
-            name: share * (1 - (1 - self.FLOOR) * self._right[name])
+            name: share * (1 - (1 - self.FLOOR) * self.right[name])
             for name, (_, share) in TASKS.items()
         }
         name = self._source.choices(list(weights), list(weights.values()))[0]
@@ -232,8 +240,11 @@ class Mixture:
 
     def learn(self, task: str, right: bool) -> None:
         """Note how an example of ``task`` was answered."""
-        self._right[task] = self.MEMORY * self._right[task] + (1 - self.MEMORY) * right
-        if all(self._right[name] > self.LEARNED for name in self._first):
+        self.right[task] = self.MEMORY * self.right[task] + (1 - self.MEMORY) * right
+        self._leave_first()
+
+    def _leave_first(self) -> None:
+        if all(self.right[name] > self.LEARNED for name in self._first):
             self._first = {}
 
 

@@ -135,13 +135,15 @@ def train(rank: int, steps: int, state_path: Path) -> None:
         fused=True,
     )
     first, tokens, cpu = 0, 0, 0.0
+    answered: dict[str, float] = {}
     if state_path.exists():
         state = torch.load(state_path)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, tokens, cpu = state["step"], state["tokens"], state["CPU seconds"]
+        answered = state["right"]
     # A training that went on draws examples that it has not drawn before.
-    mixture = Mixture(SEED + 1000 * rank + 1_000_000 * first, FIRST)
+    mixture = Mixture(SEED + 1000 * rank + 1_000_000 * first, FIRST, answered)
     held_out = evaluation_examples(HELD_OUT_SEED, 60)
     started, losses = time.monotonic(), []
     cpu -= PROCESSES * time.process_time()
@@ -196,6 +198,7 @@ def train(rank: int, steps: int, state_path: Path) -> None:
                 "optimizer": optimizer.state_dict(),
                 "step": step + 1,
                 "tokens": tokens,
+                "right": mixture.right,
                 "CPU seconds": cpu + PROCESSES * time.process_time(),
             }
             torch.save(state, state_path.with_suffix(".new"))
