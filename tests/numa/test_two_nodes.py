@@ -78,8 +78,15 @@ def start_guest(program: Path, layer: Path, folder: Path) -> str:
         *("-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", KERNEL, "-initrd", str(image)),
         # loglevel 0: on a busy host the kernel complains of stalls, amid the program's lines.
+        # numa_balancing: the kernel hides pages now and then to see who uses them; such a page
+        # seems to have no memory.
         "-append",
-        " ".join(["console=ttyS0 panic=-1 loglevel=0 -- /layer", *arguments(layer)]),
+        " ".join(
+            [
+                "console=ttyS0 panic=-1 loglevel=0 numa_balancing=disable -- /layer",
+                *arguments(layer),
+            ]
+        ),
     ]
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size=512M"]
