@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from examples.tiny.config import BLOCK
+from examples.tiny.config import BLOCK, model_config
 from examples.tiny.tensors import SCALE_SUFFIX
 from examples.tiny.train import SIZES
 from examples.tiny.trained import copy_checkpoint
@@ -44,19 +44,7 @@ def write_padded(output: Path) -> None:
                 weight[: SIZES.kv_lora_rank] = tensors[name] * sqrt(share)
                 tensors[name] = weight
         save_file(tensors, shard, metadata={"format": "pt"})
-    path = output / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | padded_fields(), indent=2))
-
-
-def padded_fields() -> dict[str, int]:
-    """The fields of config.json that differ from the trained checkpoint's."""
-    return {
-        "moe_intermediate_size": PADDED.moe_intermediate_size,
-        "kv_lora_rank": PADDED.kv_lora_rank,
-        "num_attention_heads": PADDED.num_attention_heads,
-        "num_key_value_heads": PADDED.num_attention_heads,
-    }
+    (output / "config.json").write_text(json.dumps(model_config(PADDED, "fp8"), indent=2))
 
 
 def padded(name: str, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
