@@ -36,6 +36,11 @@ LAYOUT = packed.PackedLayout(16, 512, 704, "int8")
 TOP_K = 4
 TIMEOUT = 300
 
+# loglevel 0: on a busy host the kernel complains of stalls, amid the program's lines.
+# numa_balancing: the kernel hides pages now and then to see who uses them; such a page seems to
+# have no memory.
+KERNEL_OPTIONS = "console=ttyS0 panic=-1 loglevel=0 numa_balancing=disable"
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,16 +82,7 @@ def start_guest(program: Path, layer: Path, folder: Path) -> str:
         *(QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "4", "-m", "1G"),
         *("-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", KERNEL, "-initrd", str(image)),
-        # loglevel 0: on a busy host the kernel complains of stalls, amid the program's lines.
-        # numa_balancing: the kernel hides pages now and then to see who uses them; such a page
-        # seems to have no memory.
-        "-append",
-        " ".join(
-            [
-                "console=ttyS0 panic=-1 loglevel=0 numa_balancing=disable -- /layer",
-                *arguments(layer),
-            ]
-        ),
+        *("-append", " ".join([KERNEL_OPTIONS, "-- /layer", *arguments(layer)])),
     ]
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size=512M"]
