@@ -37,6 +37,7 @@ def prepare(output: Path, python_version: str) -> None:
     Raises:
         BenchmarkError: a download or a build failed.
     """
+    output = output.absolute()  # CMake takes relative paths as relative to its source folder
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         work = Path(folder)

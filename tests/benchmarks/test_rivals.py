@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,24 @@ def test_nothing_is_prepared_twice(tmp_path, monkeypatch):
     (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
     prepare.ensure(tmp_path)
     assert len(made) == 2
+
+
+def test_a_relative_output_is_below_the_current_folder(tmp_path, monkeypatch):
+    # CMake would take it as relative to its source folder.
+    asked = []
+
+    def prepared(work, target, *_):
+        asked.extend([work, target])
+        return "1.0"
+
+    monkeypatch.setattr(prepare, "_prepare_kt_kernel", prepared)
+    monkeypatch.setattr(prepare, "_prepare_ggml", prepared)
+    monkeypatch.setattr(prepare.limits, "compile_probe", asked.append)
+    monkeypatch.chdir(tmp_path)
+    prepare.prepare(Path("here"), "3.12")
+    assert len(asked) == 5
+    assert all(path.is_relative_to(tmp_path / "here") for path in asked)
+    assert json.loads((tmp_path / "here" / rivals.MANIFEST).read_text())["python"] == "3.12"
 
 
 def test_engines_have_workers_and_a_class_that_ours_is_in():
