@@ -4,6 +4,10 @@
 // registers and are used at once (decode). More: a slab of k is unpacked once into the first-level
 // cache and used for all tokens, their sums waiting in memory between slabs (prefill). What comes
 // next is fetched in the meantime, a line now and then: bursts would hold up the loads behind them.
+//
+// The innermost loops are functions of their own, which take a block of kPanelBlock panels and
+// kTokenBlock tokens and give their sums through memory. Inlined into what surrounds them,
+// compilers find no registers for the sums: they copy each one at each step, and spill some.
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
@@ -19,14 +23,18 @@ constexpr int64_t kChunkTokens = 128;
 
 constexpr int64_t kSlabBytes = kSlabK * 16;  // of one panel
 
-// k between two fetches; all k are multiples of it.
-constexpr int64_t kFetchK = 16;
+// k of a round of the inner loops, which fetch once in it; all k are multiples of it.
+constexpr int64_t kRoundK = 16;
+
+// A token's sums of P panels.
+template <int P>
+using Sums = int32_t[P][16];
 
 // What multiply_panels needs of a worker's memory for P panels.
 template <int P>
 struct PanelWorkspace {
   alignas(64) uint8_t slab[P][kSlabBytes];
-  alignas(64) int32_t sums[kChunkTokens][P][16];
+  alignas(64) Sums<P> sums[kChunkTokens];
 };
 
 // P panels of one or several matrices, each with k columns. `next` is what is worth having in the
@@ -73,32 +81,49 @@ class Fetcher {
   int64_t step_;   // of a call
 };
 
+// Panels `first` .. `first` + Q - 1 of P.
+template <int Q, int P>
+inline Panels<Q> some_of(const Panels<P>& panels, int first) {
+  Panels<Q> some;
+  for (int q = 0; q < Q; ++q) {
+    some.codes[q] = panels.codes[first + q];
+    some.index[q] = panels.index[first + q];
+    some.next[q] = panels.next[first + q];
+  }
+  some.tables = panels.tables;
+  some.k = panels.k;
+  return some;
+}
+
 // Calls step(weights of the P panels, k) for every 4 k from `begin` to `end`, unpacked from codes.
 template <int P, int BlockK, class F>
 inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, const F& step) {
-  if constexpr (BlockK > 0) {
-    for (int64_t block = begin / BlockK; block < end / BlockK; ++block) {
+  constexpr int64_t kStep = BlockK > 0 ? BlockK : kRoundK;
+  for (int64_t block = begin; block < end; block += kStep) {
+    if constexpr (BlockK > 0) {
       Tables tables[P];
       for (int p = 0; p < P; ++p)
-        tables[p] = load_tables(panels.tables, panels.index[p] + 4 * block);
-      for (int64_t k = block * BlockK; k < (block + 1) * BlockK; k += 8) {
+        tables[p] = load_tables(panels.tables, panels.index[p] + block / BlockK * 4);
+      for (int64_t k = 0; k < BlockK; k += 8) {
         Weights low[P], high[P];
         for (int p = 0; p < P; ++p) {
-          prefetch(panels.codes[p] + 8 * k + kPrefetchBytes);
-          unpack(panels.codes[p] + 8 * k, tables[p], low[p], high[p]);
+          const uint8_t* codes = panels.codes[p] + 8 * (block + k);
+          prefetch(codes + kPrefetchBytes);
+          unpack(codes, tables[p], low[p], high[p]);
         }
-        step(low, k);
-        step(high, k + 4);
+        step(low, block + k);
+        step(high, block + k + 4);
       }
-    }
-  } else {
-    for (int64_t s = begin / 4; s < end / 4; ++s) {
-      Weights w[P];
-      for (int p = 0; p < P; ++p) {
-        w[p] = load_weights(panels.codes[p] + 64 * s);
-        prefetch(panels.codes[p] + 64 * s + kPrefetchBytes);
+    } else {
+      for (int64_t k = 0; k < kRoundK; k += 4) {
+        Weights w[P];
+        for (int p = 0; p < P; ++p) {
+          const uint8_t* codes = panels.codes[p] + 16 * (block + k);
+          prefetch(codes + kPrefetchBytes);
+          w[p] = load_weights(codes);
+        }
+        step(w, block + k);
       }
-      step(w, 4 * s);
     }
   }
 }
@@ -116,120 +141,166 @@ inline Weights weights_at(const uint8_t* codes, const uint8_t* index, const uint
   }
 }
 
+// T rows of activations, reached from a third as many pointers: there are not registers enough for
+// one for each.
+template <int T>
+class RowPointers {
+ public:
+  RowPointers(const uint8_t* first, int64_t stride) : stride_(stride) {
+    for (int i = 0; i < kPointers; ++i) at_[i] = first + 3 * i * stride;
+  }
+  const uint8_t* operator[](int t) const { return at_[t / 3] + t % 3 * stride_; }
+
+ private:
+  static constexpr int kPointers = (T + 2) / 3;
+  const uint8_t* at_[kPointers];
+  int64_t stride_;
+};
+
 // acc[t][p] += the weights of P panels at k .. k + 3 times those of T rows.
 template <int P, int T>
-inline void multiply_step(const Weights (&w)[P], const uint8_t* const (&x)[T], int64_t k,
+inline void multiply_step(const Weights (&w)[P], const RowPointers<T>& rows, int64_t k,
                           Acc (&acc)[T][P]) {
-  for (int t = 0; t < T; ++t) {
-    const Activation a = load_activation(x[t] + k);
-    for (int p = 0; p < P; ++p) dot(acc[t][p], w[p], a);
-  }
+  Activation x[T];
+  for (int t = 0; t < T; ++t) x[t] = load_activation(rows[t] + k);
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < T; ++t) dot(acc[t][p], w[p], x[t]);
 }
 
-// One block of T tokens over all of k, from the codes.
-template <int P, int BlockK, class Finish>
-struct DirectBlocks {
-  const Panels<P>& panels;
-  const Rows& x;
-  const Finish& finish;
+// Where the sums of a block of tokens and panels are: 16 for each panel, `stride` between tokens.
+struct SumsAt {
+  int32_t* first;
+  int64_t stride;
 
-  template <int T>
-  void block(int64_t first) const {
-    const uint8_t* rows[T];
-    for (int t = 0; t < T; ++t) rows[t] = x.data + (first + t) * x.stride;
-    Acc acc[T][P];
+  template <int P, int T>
+  void load(Acc (&acc)[T][P]) const {
     for (int t = 0; t < T; ++t)
-      for (int p = 0; p < P; ++p) acc[t][p] = zero_acc();
-    for_weights<P, BlockK>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
-      multiply_step<P, T>(w, rows, k, acc);
-    });
-    for (int t = 0; t < T; ++t) finish(first + t, acc[t]);
+      for (int p = 0; p < P; ++p) acc[t][p] = load_acc(first + t * stride + 16 * p);
+  }
+  template <int P, int T>
+  void store(const Acc (&acc)[T][P]) const {
+    for (int t = 0; t < T; ++t)
+      for (int p = 0; p < P; ++p) store_acc(first + t * stride + 16 * p, acc[t][p]);
   }
 };
 
-// One block of T tokens over a slab.
-template <int P, class Finish>
-struct SlabBlocks {
-  const PanelWorkspace<P>& slab;
-  int32_t (*sums)[P][16];
-  const Rows& x;
-  const Finish& finish;
-  int64_t chunk;  // first token of the chunk
-  int64_t begin;  // k of the slab
-  int64_t end;
-  int64_t k;
-  Fetcher<P>& fetcher;
+template <int P, int T>
+inline void set_zero(Acc (&acc)[T][P]) {
+  for (int t = 0; t < T; ++t)
+    for (int p = 0; p < P; ++p) acc[t][p] = zero_acc();
+}
 
-  template <int T>
-  void block(int64_t first) const {
-    const uint8_t* rows[T];
-    for (int t = 0; t < T; ++t) rows[t] = x.data + (chunk + first + t) * x.stride + begin;
-    Acc acc[T][P];
-    for (int t = 0; t < T; ++t)
-      for (int p = 0; p < P; ++p)
-        acc[t][p] = begin == 0 ? zero_acc() : load_acc(sums[first + t][p]);
-    for (int64_t at = 0; at < end - begin; at += kFetchK) {
-      fetcher.run();
-      for (int64_t step = at; step < at + kFetchK; step += 4) {
-        Weights w[P];
-        for (int p = 0; p < P; ++p) w[p] = reload_weights(slab.slab[p] + 16 * step);
-        multiply_step<P, T>(w, rows, step, acc);
-      }
-    }
-    for (int t = 0; t < T; ++t) {
-      if (end == k) {
-        finish(chunk + first + t, acc[t]);
-      } else {
-        for (int p = 0; p < P; ++p) store_acc(sums[first + t][p], acc[t][p]);
-      }
+// A block over all of k, from the codes.
+template <int P, int BlockK, int T>
+[[gnu::noinline]] void multiply_codes(const Panels<P>& panels, const uint8_t* x, int64_t stride,
+                                      const SumsAt& sums) {
+  const RowPointers<T> rows(x, stride);
+  Acc acc[T][P];
+  set_zero(acc);
+  for_weights<P, BlockK>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
+    multiply_step<P, T>(w, rows, k, acc);
+  });
+  sums.store(acc);
+}
+
+// A block over the k of a slab.
+template <int P, int T, int Fetched>
+[[gnu::noinline]] void multiply_slab(const uint8_t (*slab)[kSlabBytes], int64_t k, bool first,
+                                     const uint8_t* x, int64_t stride, Fetcher<Fetched>& fetcher,
+                                     const SumsAt& sums) {
+  const RowPointers<T> rows(x, stride);
+  Acc acc[T][P];
+  if (first) {
+    set_zero(acc);
+  } else {
+    sums.load(acc);
+  }
+  for (int64_t round = 0; round < k; round += kRoundK) {
+    fetcher.run();
+    for (int64_t step = 0; step < kRoundK; step += 4) {
+      Weights w[P];
+      for (int p = 0; p < P; ++p) w[p] = reload_weights(slab[p] + 16 * (round + step));
+      multiply_step<P, T>(w, rows, round + step, acc);
     }
   }
-};
+  sums.store(acc);
+}
 
-// Calls f.template block<T>(first) for all of [0, count) in blocks of at most kTokenBlock.
+// Calls block.template operator()<T>(first) for all of [0, count), T at most kTokenBlock.
 template <int T, class F>
-inline void tail_block(int64_t first, int64_t count, const F& f) {
+inline void tail_block(int64_t first, int64_t count, const F& block) {
   if constexpr (T > 0) {
     if (count == T) {
-      f.template block<T>(first);
+      block.template operator()<T>(first);
     } else {
-      tail_block<T - 1>(first, count, f);
+      tail_block<T - 1>(first, count, block);
     }
   }
 }
 template <class F>
-inline void for_token_blocks(int64_t count, const F& f) {
+inline void for_token_blocks(int64_t count, const F& block) {
   int64_t first = 0;
-  for (; count - first >= kTokenBlock; first += kTokenBlock) f.template block<kTokenBlock>(first);
-  tail_block<kTokenBlock - 1>(first, count - first, f);
+  for (; count - first >= kTokenBlock; first += kTokenBlock)
+    block.template operator()<kTokenBlock>(first);
+  tail_block<kTokenBlock - 1>(first, count - first, block);
+}
+
+// The sums of up to kChunkTokens tokens, rows x.data .. of x, into w.sums.
+template <int P, int BlockK>
+void multiply_direct(const Panels<P>& panels, const Rows& x, int64_t tokens, PanelWorkspace<P>& w) {
+  constexpr int Q = kPanelBlock < P ? kPanelBlock : P;
+  for (int p = 0; p < P; p += Q) {
+    const Panels<Q> some = some_of<Q>(panels, p);
+    for_token_blocks(tokens, [&]<int T>(int64_t first) {
+      multiply_codes<Q, BlockK, T>(some, x.data + first * x.stride, x.stride,
+                                   SumsAt{w.sums[first][p], 16 * P});
+    });
+  }
+}
+
+// The same through slabs. `next` is what to fetch during the last one.
+template <int P, int BlockK>
+void multiply_slabs(const Panels<P>& panels, const Rows& x, int64_t tokens,
+                    const uint8_t* const (&next)[P], PanelWorkspace<P>& w) {
+  constexpr int Q = kPanelBlock < P ? kPanelBlock : P;
+  for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
+    const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
+    for_weights<P, BlockK>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
+      for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
+    });
+    const uint8_t* after[P];
+    for (int p = 0; p < P; ++p)
+      after[p] = end == panels.k ? next[p] : panels.codes[p] + code_bytes<BlockK>(end);
+    const int64_t rounds = P / Q * divide_up(tokens, kTokenBlock) * ((end - begin) / kRoundK);
+    Fetcher<P> fetcher(after, code_bytes<BlockK>(kSlabK), rounds);
+    for (int p = 0; p < P; p += Q) {
+      for_token_blocks(tokens, [&]<int T>(int64_t first) {
+        multiply_slab<Q, T>(w.slab + p, end - begin, begin == 0, x.data + first * x.stride + begin,
+                            x.stride, fetcher, SumsAt{w.sums[first][p], 16 * P});
+      });
+    }
+  }
 }
 
 // Calls finish(i, sums) for every i in [0, count): sums[p][r] = sum over k of w_p[r][k] * x_i[k].
 template <int P, int BlockK, class Finish>
 void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint8_t* workspace,
                      const Finish& finish) {
-  if (count <= kDirectTokens<(BlockK > 0)>) {
-    for_token_blocks(count, DirectBlocks<P, BlockK, Finish>{panels, x, finish});
-    return;
-  }
   auto& w = *reinterpret_cast<PanelWorkspace<P>*>(workspace);
   for (int64_t chunk = 0; chunk < count; chunk += kChunkTokens) {
     const int64_t tokens = count - chunk < kChunkTokens ? count - chunk : kChunkTokens;
-    for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
-      const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
-      for_weights<P, BlockK>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
-        for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
-      });
-      const bool last_chunk = chunk + tokens == count;
-      const uint8_t* next[P];
-      for (int p = 0; p < P; ++p)
-        next[p] = end == panels.k && last_chunk
-                      ? panels.next[p]
-                      : panels.codes[p] + code_bytes<BlockK>(end == panels.k ? 0 : end);
-      const int64_t calls = divide_up(tokens, kTokenBlock) * ((end - begin) / kFetchK);
-      Fetcher<P> fetcher(next, code_bytes<BlockK>(kSlabK), calls);
-      for_token_blocks(tokens, SlabBlocks<P, Finish>{w, w.sums, x, finish, chunk, begin, end,
-                                                     panels.k, fetcher});
+    const Rows rows{x.data + chunk * x.stride, x.stride, x.scales + chunk};
+    if (count <= kDirectTokens<(BlockK > 0)>) {
+      multiply_direct<P, BlockK>(panels, rows, tokens, w);
+    } else {
+      // The next chunk begins with the same panels.
+      multiply_slabs<P, BlockK>(panels, rows, tokens,
+                                chunk + tokens == count ? panels.next : panels.codes, w);
+    }
+    for (int64_t i = 0; i < tokens; ++i) {
+      Acc sums[P];
+      for (int p = 0; p < P; ++p) sums[p] = load_acc(w.sums[i][p]);
+      finish(chunk + i, sums);
     }
   }
 }

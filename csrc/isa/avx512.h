@@ -13,12 +13,13 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 8;  // 2 panels x 8 tokens = 16 accumulators of 32 registers
+// 2 panels x 8 tokens = 16 accumulators of 32 registers.
+constexpr int kPanelBlock = 2;
+constexpr int kTokenBlock = 8;
 
-// Measured on Emerald Rapids: unpacking int4 again for each block is hidden behind the products;
-// int8 panels are twice the size and are better read once.
+// Measured on Emerald Rapids. A slab of int8 would be a copy.
 template <bool Int4>
-constexpr int kDirectTokens = Int4 ? 64 : 16;
+constexpr int64_t kDirectTokens = Int4 ? 64 : INT64_MAX;
 
 using Weights = __m512i;
 using Tables = __m512i;

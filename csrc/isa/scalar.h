@@ -14,11 +14,13 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-constexpr int kTokenBlock = 4;  // tokens of one register block
+// Of one register block.
+constexpr int kPanelBlock = 2;
+constexpr int kTokenBlock = 4;
 
 // More tokens of an expert than these share unpacked weights.
 template <bool Int4>
-constexpr int kDirectTokens = kTokenBlock;
+constexpr int64_t kDirectTokens = kTokenBlock;
 
 struct Weights {
   int8_t v[64];
