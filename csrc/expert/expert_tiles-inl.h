@@ -4,7 +4,7 @@ namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
 // Below this many tokens of an expert the vector kernels are faster, measured on Emerald Rapids.
-constexpr int64_t kMinTileTokens = 13;
+constexpr int64_t kMinTileTokens = 9;
 
 template <int BlockK>
 void gate_up_tiles(const GateUpTask& s) {

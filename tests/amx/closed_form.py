@@ -21,7 +21,7 @@ from tests.layers import THREADS, RandomLayer, random_batch
 from tests.shapes import LayerShape
 
 #: Fewer tokens of an expert take the vector kernels.
-MIN_TOKENS = 13
+MIN_TOKENS = 9
 SLAB_K = 1024
 
 
