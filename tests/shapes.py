@@ -23,9 +23,10 @@ LAYERS = [
     LayerShape(2, 1, 1088, 1216),
 ]
 
-# Around every target's block of tokens (4, 2, 8), one token, and many.
-TOKENS = [1, 2, 3, 7, 8, 9, 17, 64]
+# Every size of a block of tokens that takes its weights directly (4 at most, with AVX-512 8), one
+# more, and many.
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
 
-# Tokens of one expert: more than take their weights directly (AVX-512: 16, int4 64), and than share
-# an unpacked slab (128, tiles 256), by part of a block.
-MANY_TOKENS = [65, 129, 300]
+# Tokens of one expert: more than take their int4 weights directly (8, AVX-512 64), by every part of
+# a block, and than share an unpacked slab (128, tiles 256).
+MANY_TOKENS = [65, 66, 67, 68, 69, 70, 71, 129, 300]
