@@ -16,7 +16,7 @@ std::pair<int64_t, int64_t> GuidedCounter::take(int64_t total, int workers) {
   int64_t begin = next_.load(std::memory_order_relaxed);
   while (true) {
     if (begin >= total) return {total, total};
-    const int64_t run = std::max<int64_t>(1, (total - begin) / (4 * workers));
+    const int64_t run = std::max<int64_t>(1, (total - begin) / (2 * workers));
     const int64_t end = std::min(total, begin + run);
     if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
   }

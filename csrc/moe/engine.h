@@ -17,7 +17,7 @@ namespace kt {
 
 class LayerJob;
 
-// Hands out [0, total) in runs of a quarter of each worker's share of what is left, at least one.
+// Hands out [0, total) in runs of half of each worker's share of what is left, at least one.
 class GuidedCounter {
  public:
   void reset() { next_.store(0, std::memory_order_relaxed); }

@@ -26,10 +26,10 @@ SLAB_K = 1024
 
 
 def runs(items: int, workers: int) -> int:
-    """How many runs ``workers`` of one group take ``items`` in: each a share of what is left."""
+    """How many runs ``workers`` of one group take ``items`` in: each half of a share."""
     count = 0
     while items > 0:
-        items -= max(1, items // (4 * workers))
+        items -= max(1, items // (2 * workers))
         count += 1
     return count
 
