@@ -1,24 +1,23 @@
 // One expert's MLP over a range of panels: gate and up with SwiGLU, then down with the routing
-// weight. Sums go straight from the registers through the epilogue to their place.
+// weight. The sums of a chunk of tokens then go through the epilogue to their place.
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
 // Adds what the row's outliers give: y[p] += (outliers . w_p) * scale[p] * weight.
-template <int BlockK, int P>
-inline void add_outliers(const Panels<P>& panels, const Rows& x, int64_t row,
-                         const Floats (&scale)[P], float weight, Floats (&y)[P]) {
+template <int BlockK>
+inline void add_outliers(const Panels<2>& panels, const Rows& x, int64_t row,
+                         const Floats (&scale)[2], float weight, Floats (&y)[2]) {
   const auto& outliers = *reinterpret_cast<const Outliers*>(x.data + row * x.stride + panels.k);
-  Acc acc[P];
-  for (int p = 0; p < P; ++p) acc[p] = zero_acc();
+  Acc acc[2] = {zero_acc(), zero_acc()};
   for (int s = 0; s < x.scales[row].outlier_steps; ++s) {
     const Activation a = load_activation(reinterpret_cast<const uint8_t*>(outliers.q[s]));
-    for (int p = 0; p < P; ++p)
+    for (int p = 0; p < 2; ++p)
       dot(acc[p],
           weights_at<BlockK>(panels.codes[p], panels.index[p], panels.tables, outliers.step[s]), a);
   }
   const Floats factor = set1(outliers.scale * weight);
-  for (int p = 0; p < P; ++p)
+  for (int p = 0; p < 2; ++p)
     y[p] = add(y[p], mul(mul(acc_to_floats(acc[p], outliers.sum), scale[p]), factor));
 }
 
@@ -49,27 +48,28 @@ struct GateUpEpilogue {
   }
 };
 
-template <int BlockK, bool Offset, int P>
+template <int BlockK, bool Offset>
 struct DownEpilogue {
   const DownTask& task;
-  const Panels<P>& panels;
+  const Panels<2>& panels;
   float* out;  // of row 0
-  Floats scale[P];
+  Floats scale[2];
 
-  DownEpilogue(const DownTask& t, const Panels<P>& at, int64_t panel)
-      : task(t), panels(at), out(t.out + 16 * panel) {
-    for (int p = 0; p < P; ++p) scale[p] = load_bf16(t.down.scales + 16 * (panel + p));
-  }
+  DownEpilogue(const DownTask& t, const Panels<2>& at, int64_t panel)
+      : task(t),
+        panels(at),
+        out(t.out + 16 * panel),
+        scale{load_bf16(t.down.scales + 16 * panel), load_bf16(t.down.scales + 16 * panel + 16)} {}
 
-  void operator()(int64_t i, const Acc (&sums)[P]) const {
+  void operator()(int64_t i, const Acc (&sums)[2]) const {
     const RowScale& row = task.h.scales[i];
     const int32_t h_sum = Offset ? row.sum : 0;
     const Floats weight = set1(task.weights[i] * row.scale);
-    Floats y[P];
-    for (int p = 0; p < P; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
+    Floats y[2];
+    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
     if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.h, i, scale, task.weights[i], y);
     float* to = out + task.tokens[i] * task.out_stride;
-    for (int p = 0; p < P; ++p) store_floats(to + 16 * p, add(load_floats(to + 16 * p), y[p]));
+    for (int p = 0; p < 2; ++p) store_floats(to + 16 * p, add(load_floats(to + 16 * p), y[p]));
   }
 };
 
@@ -89,18 +89,13 @@ inline Panels<2> gate_up_panels(const GateUpTask& s, int64_t panel) {
           s.gate.k};
 }
 
-// P consecutive panels of down.
-template <int P>
-inline Panels<P> down_panels(const DownTask& s, int64_t panel) {
-  Panels<P> panels;
-  for (int p = 0; p < P; ++p) {
-    panels.codes[p] = codes_of(s.down, panel + p);
-    panels.index[p] = index_of(s.down, panel + p);
-    panels.next[p] = codes_of(s.down, panel + P + p);
-  }
-  panels.tables = s.tables;
-  panels.k = s.down.k;
-  return panels;
+// Two panels of down.
+inline Panels<2> down_panels(const DownTask& s, int64_t panel) {
+  return {{codes_of(s.down, panel), codes_of(s.down, panel + 1)},
+          {index_of(s.down, panel), index_of(s.down, panel + 1)},
+          {codes_of(s.down, panel + 2), codes_of(s.down, panel + 3)},
+          s.tables,
+          s.down.k};
 }
 
 template <int BlockK>
@@ -112,20 +107,14 @@ void gate_up(const GateUpTask& s) {
   }
 }
 
-// P panels from `panel`.
-template <int P, int BlockK>
-inline void down_block(const DownTask& s, int64_t panel) {
-  const Panels<P> panels = down_panels<P>(s, panel);
-  multiply_panels<P, BlockK>(panels, s.h, s.count, s.workspace,
-                             DownEpilogue<BlockK, true, P>(s, panels, panel));
-}
-
+// Panels come in pairs: hidden sizes are multiples of 64.
 template <int BlockK>
 void down(const DownTask& s) {
-  int64_t panel = s.panel;
-  const int64_t end = s.panel + s.panels;
-  for (; panel + 2 <= end; panel += 2) down_block<2, BlockK>(s, panel);
-  if (panel < end) down_block<1, BlockK>(s, panel);
+  for (int64_t panel = s.panel; panel < s.panel + s.panels; panel += 2) {
+    const Panels<2> panels = down_panels(s, panel);
+    multiply_panels<2, BlockK>(panels, s.h, s.count, s.workspace,
+                               DownEpilogue<BlockK, true>(s, panels, panel));
+  }
 }
 
 }  // namespace

@@ -24,9 +24,9 @@ void down_tiles(const DownTask& s) {
   if (s.count < kMinTileTokens) return down<BlockK>(s);
   configure_tiles();
   for (int64_t panel = s.panel; panel < s.panel + s.panels; panel += 2) {
-    const Panels<2> panels = down_panels<2>(s, panel);
+    const Panels<2> panels = down_panels(s, panel);
     multiply_tile_panels<BlockK>(panels, s.h, s.count, s.workspace,
-                                 DownEpilogue<BlockK, (BlockK > 0), 2>(s, panels, panel));
+                                 DownEpilogue<BlockK, (BlockK > 0)>(s, panels, panel));
   }
   release_tiles();
 }

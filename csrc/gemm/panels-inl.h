@@ -1,9 +1,10 @@
 // The integer product: P panels of 16 rows times the activation rows of one expert's tokens.
 //
 // Up to kDirectTokens tokens: weights go from memory through the table shuffle to the product in
-// registers and are used at once (decode). More: a slab of k is unpacked once into the first-level
-// cache and used for all tokens, their sums waiting in memory between slabs (prefill). What comes
-// next is fetched in the meantime, a line now and then: bursts would hold up the loads behind them.
+// registers and are used at once, for each block of tokens again. More: a slab of k is unpacked
+// once into the first-level cache and used for all tokens, their sums waiting in memory between
+// slabs. What comes next is fetched in the meantime, a line now and then: bursts would hold up the
+// loads behind them.
 //
 // The innermost loops are functions of their own, which take a block of kPanelBlock panels and
 // kTokenBlock tokens and give their sums through memory. Inlined into what surrounds them,
@@ -18,12 +19,12 @@ constexpr int64_t kPrefetchBytes = 2048;
 // k of a slab: two panels of it are 16 KiB, half of the smallest first-level cache.
 constexpr int64_t kSlabK = 512;
 
-// Tokens that share a slab: the sums of two panels for them are 16 KiB, beside the slab.
+// Tokens whose sums wait in memory together, and that share a slab: sums of two panels are 16 KiB.
 constexpr int64_t kChunkTokens = 128;
 
 constexpr int64_t kSlabBytes = kSlabK * 16;  // of one panel
 
-// k of a round of the inner loops, which fetch once in it; all k are multiples of it.
+// k of a round of the inner loops, in which slabs fetch once; all k are multiples of it.
 constexpr int64_t kRoundK = 16;
 
 // A token's sums of P panels.
@@ -37,8 +38,8 @@ struct PanelWorkspace {
   alignas(64) Sums<P> sums[kChunkTokens];
 };
 
-// P panels of one or several matrices, each with k columns. `next` is what is worth having in the
-// cache when these are done.
+// P panels of one or several matrices, each with k columns. `next` is what slabs and tiles fetch
+// into the cache on the way.
 template <int P>
 struct Panels {
   const uint8_t* codes[P];
@@ -245,10 +246,11 @@ inline void for_token_blocks(int64_t count, const F& block) {
   tail_block<kTokenBlock - 1>(first, count - first, block);
 }
 
-// The sums of up to kChunkTokens tokens, rows x.data .. of x, into w.sums.
+// The sums of the first `tokens` rows of x, at most kChunkTokens, into w.sums.
 template <int P, int BlockK>
 void multiply_direct(const Panels<P>& panels, const Rows& x, int64_t tokens, PanelWorkspace<P>& w) {
-  constexpr int Q = kPanelBlock < P ? kPanelBlock : P;
+  constexpr int Q = kPanelBlock;
+  static_assert(P % Q == 0);
   for (int p = 0; p < P; p += Q) {
     const Panels<Q> some = some_of<Q>(panels, p);
     for_token_blocks(tokens, [&]<int T>(int64_t first) {
@@ -262,7 +264,8 @@ void multiply_direct(const Panels<P>& panels, const Rows& x, int64_t tokens, Pan
 template <int P, int BlockK>
 void multiply_slabs(const Panels<P>& panels, const Rows& x, int64_t tokens,
                     const uint8_t* const (&next)[P], PanelWorkspace<P>& w) {
-  constexpr int Q = kPanelBlock < P ? kPanelBlock : P;
+  constexpr int Q = kPanelBlock;
+  static_assert(P % Q == 0);
   for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
     const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
     for_weights<P, BlockK>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {

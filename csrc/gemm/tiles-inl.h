@@ -1,9 +1,9 @@
 // panels-inl.h on matrix tiles: two panels by up to 32 tokens at a time.
 //
-// Int4 panels are unpacked slab by slab: the next slab, and in a worker's memory, while the
-// products of the one before run, since the vector and the tile units work side by side. What the
-// next panels need is fetched on the way, evenly: memory is read all the time and never in bursts
-// that tile loads would queue behind.
+// Int4 panels are unpacked slab by slab: the next slab, and in a worker's memory, between the
+// products of the one before, so that a CPU may do both at once. What the next panels need is
+// fetched on the way, evenly, never in bursts that tile loads would queue behind.
+// docs/performance.md has what this gains on the machine it was measured on.
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {

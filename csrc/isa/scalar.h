@@ -14,7 +14,7 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-// Of one register block.
+// Panels and tokens of one register block.
 constexpr int kPanelBlock = 2;
 constexpr int kTokenBlock = 4;
 

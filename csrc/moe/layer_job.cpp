@@ -8,8 +8,7 @@
 namespace kt {
 namespace {
 
-// The least number of panels that one down task sums over all experts: two are the kernel's
-// register block.
+// The least number of panels that one down task sums over all experts: kernels take two at a time.
 constexpr int64_t kDownPanels = 2;
 
 // Distance of rows in scratch memory, in bytes and in floats: an odd number of cache lines more
