@@ -102,8 +102,8 @@ template <int BlockK>
 void gate_up(const GateUpTask& s) {
   for (int64_t panel = s.panel; panel < s.panel + s.panels; ++panel) {
     const Panels<2> panels = gate_up_panels(s, panel);
-    multiply_panels<2, BlockK>(panels, s.x, s.count, s.workspace,
-                               GateUpEpilogue<BlockK, true>(s, panels, panel));
+    multiply_panels<BlockK>(panels, s.x, s.count, s.workspace,
+                            GateUpEpilogue<BlockK, true>(s, panels, panel));
   }
 }
 
@@ -112,8 +112,8 @@ template <int BlockK>
 void down(const DownTask& s) {
   for (int64_t panel = s.panel; panel < s.panel + s.panels; panel += 2) {
     const Panels<2> panels = down_panels(s, panel);
-    multiply_panels<2, BlockK>(panels, s.h, s.count, s.workspace,
-                               DownEpilogue<BlockK, true>(s, panels, panel));
+    multiply_panels<BlockK>(panels, s.h, s.count, s.workspace,
+                            DownEpilogue<BlockK, true>(s, panels, panel));
   }
 }
 

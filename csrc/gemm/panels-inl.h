@@ -1,4 +1,4 @@
-// The integer product: P panels of 16 rows times the activation rows of one expert's tokens.
+// The integer product: two panels of 16 rows times the activation rows of one expert's tokens.
 //
 // Up to kDirectTokens tokens: weights go from memory through the table shuffle to the product in
 // registers and are used at once, for each block of tokens again. More: a slab of k is unpacked
@@ -12,6 +12,10 @@
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
+
+// Panels taken at once: gate and up of the same rows, or two of down.
+constexpr int kPanels = 2;
+static_assert(kPanels % kPanelBlock == 0);
 
 // Ahead of the codes' stream: beyond a page's start-up miss.
 constexpr int64_t kPrefetchBytes = 2048;
@@ -27,15 +31,10 @@ constexpr int64_t kSlabBytes = kSlabK * 16;  // of one panel
 // k of a round of the inner loops, in which slabs fetch once; all k are multiples of it.
 constexpr int64_t kRoundK = 16;
 
-// A token's sums of P panels.
-template <int P>
-using Sums = int32_t[P][16];
-
-// What multiply_panels needs of a worker's memory for P panels.
-template <int P>
+// What multiply_panels needs of a worker's memory.
 struct PanelWorkspace {
-  alignas(64) uint8_t slab[P][kSlabBytes];
-  alignas(64) Sums<P> sums[kChunkTokens];
+  alignas(64) uint8_t slab[kPanels][kSlabBytes];
+  alignas(64) int32_t sums[kChunkTokens][kPanels][16];
 };
 
 // P panels of one or several matrices, each with k columns. `next` is what slabs and tiles fetch
@@ -57,19 +56,18 @@ constexpr int64_t code_bytes(int64_t k) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Fetches `bytes` from each of P places into the cache, spread over `calls` calls of run.
-template <int P>
+// Fetches `bytes` of each of the panels at `at` into the cache, spread over `calls` calls of run.
 class Fetcher {
  public:
-  Fetcher(const uint8_t* const (&at)[P], int64_t bytes, int64_t calls)
+  Fetcher(const uint8_t* const (&at)[kPanels], int64_t bytes, int64_t calls)
       : bytes_(bytes), step_(64 * divide_up(bytes / 64, calls)) {
-    for (int p = 0; p < P; ++p) at_[p] = at[p];
+    for (int p = 0; p < kPanels; ++p) at_[p] = at[p];
   }
 
   template <void (*Prefetch)(const uint8_t*) = prefetch>
   void run() {
     for (int64_t line = 0; line < step_ && bytes_ > 0; line += 64, bytes_ -= 64) {
-      for (int p = 0; p < P; ++p) {
+      for (int p = 0; p < kPanels; ++p) {
         Prefetch(at_[p]);
         at_[p] += 64;
       }
@@ -77,19 +75,18 @@ class Fetcher {
   }
 
  private:
-  const uint8_t* at_[P];
+  const uint8_t* at_[kPanels];
   int64_t bytes_;  // left, of each
   int64_t step_;   // of a call
 };
 
-// Panels `first` .. `first` + Q - 1 of P.
-template <int Q, int P>
-inline Panels<Q> some_of(const Panels<P>& panels, int first) {
-  Panels<Q> some;
-  for (int q = 0; q < Q; ++q) {
-    some.codes[q] = panels.codes[first + q];
-    some.index[q] = panels.index[first + q];
-    some.next[q] = panels.next[first + q];
+// The kPanelBlock panels from `first` on.
+inline Panels<kPanelBlock> panel_block(const Panels<kPanels>& panels, int first) {
+  Panels<kPanelBlock> some;
+  for (int p = 0; p < kPanelBlock; ++p) {
+    some.codes[p] = panels.codes[first + p];
+    some.index[p] = panels.index[first + p];
+    some.next[p] = panels.next[first + p];
   }
   some.tables = panels.tables;
   some.k = panels.k;
@@ -168,63 +165,57 @@ inline void multiply_step(const Weights (&w)[P], const RowPointers<T>& rows, int
     for (int t = 0; t < T; ++t) dot(acc[t][p], w[p], x[t]);
 }
 
-// Where the sums of a block of tokens and panels are: 16 for each panel, `stride` between tokens.
-struct SumsAt {
-  int32_t* first;
-  int64_t stride;
-
-  template <int P, int T>
-  void load(Acc (&acc)[T][P]) const {
-    for (int t = 0; t < T; ++t)
-      for (int p = 0; p < P; ++p) acc[t][p] = load_acc(first + t * stride + 16 * p);
-  }
-  template <int P, int T>
-  void store(const Acc (&acc)[T][P]) const {
-    for (int t = 0; t < T; ++t)
-      for (int p = 0; p < P; ++p) store_acc(first + t * stride + 16 * p, acc[t][p]);
-  }
-};
-
+// A block's sums from and to PanelWorkspace::sums, where its first token's are at `sums`.
 template <int P, int T>
-inline void set_zero(Acc (&acc)[T][P]) {
+inline void load_block(const int32_t* sums, Acc (&acc)[T][P]) {
+  for (int t = 0; t < T; ++t)
+    for (int p = 0; p < P; ++p) acc[t][p] = load_acc(sums + 16 * (kPanels * t + p));
+}
+template <int P, int T>
+inline void store_block(int32_t* sums, const Acc (&acc)[T][P]) {
+  for (int t = 0; t < T; ++t)
+    for (int p = 0; p < P; ++p) store_acc(sums + 16 * (kPanels * t + p), acc[t][p]);
+}
+template <int P, int T>
+inline void zero_block(Acc (&acc)[T][P]) {
   for (int t = 0; t < T; ++t)
     for (int p = 0; p < P; ++p) acc[t][p] = zero_acc();
 }
 
 // A block over all of k, from the codes.
-template <int P, int BlockK, int T>
-[[gnu::noinline]] void multiply_codes(const Panels<P>& panels, const uint8_t* x, int64_t stride,
-                                      const SumsAt& sums) {
+template <int BlockK, int T>
+[[gnu::noinline]] void multiply_codes(const Panels<kPanelBlock>& panels, const uint8_t* x,
+                                      int64_t stride, int32_t* sums) {
   const RowPointers<T> rows(x, stride);
-  Acc acc[T][P];
-  set_zero(acc);
-  for_weights<P, BlockK>(panels, 0, panels.k, [&](const Weights(&w)[P], int64_t k) {
-    multiply_step<P, T>(w, rows, k, acc);
-  });
-  sums.store(acc);
+  Acc acc[T][kPanelBlock];
+  zero_block(acc);
+  for_weights<kPanelBlock, BlockK>(
+      panels, 0, panels.k,
+      [&](const Weights(&w)[kPanelBlock], int64_t k) { multiply_step(w, rows, k, acc); });
+  store_block(sums, acc);
 }
 
 // A block over the k of a slab.
-template <int P, int T, int Fetched>
+template <int T>
 [[gnu::noinline]] void multiply_slab(const uint8_t (*slab)[kSlabBytes], int64_t k, bool first,
-                                     const uint8_t* x, int64_t stride, Fetcher<Fetched>& fetcher,
-                                     const SumsAt& sums) {
+                                     const uint8_t* x, int64_t stride, Fetcher& fetcher,
+                                     int32_t* sums) {
   const RowPointers<T> rows(x, stride);
-  Acc acc[T][P];
+  Acc acc[T][kPanelBlock];
   if (first) {
-    set_zero(acc);
+    zero_block(acc);
   } else {
-    sums.load(acc);
+    load_block(sums, acc);
   }
   for (int64_t round = 0; round < k; round += kRoundK) {
     fetcher.run();
     for (int64_t step = 0; step < kRoundK; step += 4) {
-      Weights w[P];
-      for (int p = 0; p < P; ++p) w[p] = reload_weights(slab[p] + 16 * (round + step));
-      multiply_step<P, T>(w, rows, round + step, acc);
+      Weights w[kPanelBlock];
+      for (int p = 0; p < kPanelBlock; ++p) w[p] = reload_weights(slab[p] + 16 * (round + step));
+      multiply_step(w, rows, round + step, acc);
     }
   }
-  sums.store(acc);
+  store_block(sums, acc);
 }
 
 // Calls block.template operator()<T>(first) for all of [0, count), T at most kTokenBlock.
@@ -247,64 +238,59 @@ inline void for_token_blocks(int64_t count, const F& block) {
 }
 
 // The sums of the first `tokens` rows of x, at most kChunkTokens, into w.sums.
-template <int P, int BlockK>
-void multiply_direct(const Panels<P>& panels, const Rows& x, int64_t tokens, PanelWorkspace<P>& w) {
-  constexpr int Q = kPanelBlock;
-  static_assert(P % Q == 0);
-  for (int p = 0; p < P; p += Q) {
-    const Panels<Q> some = some_of<Q>(panels, p);
+template <int BlockK>
+void multiply_direct(const Panels<kPanels>& panels, const Rows& x, int64_t tokens,
+                     PanelWorkspace& w) {
+  for (int p = 0; p < kPanels; p += kPanelBlock) {
+    const Panels<kPanelBlock> some = panel_block(panels, p);
     for_token_blocks(tokens, [&]<int T>(int64_t first) {
-      multiply_codes<Q, BlockK, T>(some, x.data + first * x.stride, x.stride,
-                                   SumsAt{w.sums[first][p], 16 * P});
+      multiply_codes<BlockK, T>(some, x.data + first * x.stride, x.stride, w.sums[first][p]);
     });
   }
 }
 
 // The same through slabs. `next` is what to fetch during the last one.
-template <int P, int BlockK>
-void multiply_slabs(const Panels<P>& panels, const Rows& x, int64_t tokens,
-                    const uint8_t* const (&next)[P], PanelWorkspace<P>& w) {
-  constexpr int Q = kPanelBlock;
-  static_assert(P % Q == 0);
+template <int BlockK>
+void multiply_slabs(const Panels<kPanels>& panels, const Rows& x, int64_t tokens,
+                    const uint8_t* const (&next)[kPanels], PanelWorkspace& w) {
   for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
     const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
-    for_weights<P, BlockK>(panels, begin, end, [&](const Weights(&weights)[P], int64_t k) {
-      for (int p = 0; p < P; ++p) store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
-    });
-    const uint8_t* after[P];
-    for (int p = 0; p < P; ++p)
+    for_weights<kPanels, BlockK>(panels, begin, end,
+                                 [&](const Weights(&weights)[kPanels], int64_t k) {
+                                   for (int p = 0; p < kPanels; ++p)
+                                     store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
+                                 });
+    const uint8_t* after[kPanels];
+    for (int p = 0; p < kPanels; ++p)
       after[p] = end == panels.k ? next[p] : panels.codes[p] + code_bytes<BlockK>(end);
-    const int64_t rounds = P / Q * divide_up(tokens, kTokenBlock) * ((end - begin) / kRoundK);
-    Fetcher<P> fetcher(after, code_bytes<BlockK>(kSlabK), rounds);
-    for (int p = 0; p < P; p += Q) {
+    const int64_t blocks = kPanels / kPanelBlock * divide_up(tokens, kTokenBlock);
+    Fetcher fetcher(after, code_bytes<BlockK>(kSlabK), blocks * ((end - begin) / kRoundK));
+    for (int p = 0; p < kPanels; p += kPanelBlock) {
       for_token_blocks(tokens, [&]<int T>(int64_t first) {
-        multiply_slab<Q, T>(w.slab + p, end - begin, begin == 0, x.data + first * x.stride + begin,
-                            x.stride, fetcher, SumsAt{w.sums[first][p], 16 * P});
+        multiply_slab<T>(w.slab + p, end - begin, begin == 0, x.data + first * x.stride + begin,
+                         x.stride, fetcher, w.sums[first][p]);
       });
     }
   }
 }
 
 // Calls finish(i, sums) for every i in [0, count): sums[p][r] = sum over k of w_p[r][k] * x_i[k].
-template <int P, int BlockK, class Finish>
-void multiply_panels(const Panels<P>& panels, const Rows& x, int64_t count, uint8_t* workspace,
-                     const Finish& finish) {
-  auto& w = *reinterpret_cast<PanelWorkspace<P>*>(workspace);
+template <int BlockK, class Finish>
+void multiply_panels(const Panels<kPanels>& panels, const Rows& x, int64_t count,
+                     uint8_t* workspace, const Finish& finish) {
+  auto& w = *reinterpret_cast<PanelWorkspace*>(workspace);
   for (int64_t chunk = 0; chunk < count; chunk += kChunkTokens) {
     const int64_t tokens = count - chunk < kChunkTokens ? count - chunk : kChunkTokens;
     const Rows rows{x.data + chunk * x.stride, x.stride, x.scales + chunk};
     if (count <= kDirectTokens<(BlockK > 0)>) {
-      multiply_direct<P, BlockK>(panels, rows, tokens, w);
+      multiply_direct<BlockK>(panels, rows, tokens, w);
     } else {
       // The next chunk begins with the same panels.
-      multiply_slabs<P, BlockK>(panels, rows, tokens,
-                                chunk + tokens == count ? panels.next : panels.codes, w);
+      multiply_slabs<BlockK>(panels, rows, tokens,
+                             chunk + tokens == count ? panels.next : panels.codes, w);
     }
-    for (int64_t i = 0; i < tokens; ++i) {
-      Acc sums[P];
-      for (int p = 0; p < P; ++p) sums[p] = load_acc(w.sums[i][p]);
-      finish(chunk + i, sums);
-    }
+    for (int64_t i = 0; i < tokens; ++i)
+      finish(chunk + i, {load_acc(w.sums[i][0]), load_acc(w.sums[i][1])});
   }
 }
 

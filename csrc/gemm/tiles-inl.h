@@ -59,7 +59,7 @@ class SlabUnpacker {
 template <int Blocks, int BlockK>
 inline void multiply_tile_slab(const uint8_t* const (&w)[2], const uint8_t* x, int64_t stride,
                                int64_t k, bool first, SlabUnpacker<BlockK>& unpacker, int64_t units,
-                               Fetcher<2>& fetcher, TileSums* sums) {
+                               Fetcher& fetcher, TileSums* sums) {
   if (first) {
     zero_sums<Blocks>();
   } else {
@@ -88,7 +88,7 @@ void multiply_tile_panels(const Panels<2>& panels, const Rows& x, int64_t count,
     const int64_t blocks = divide_up(tokens, 2 * kTileRows);
     const bool last_chunk = chunk + tokens == count;
     const int64_t bytes = last_chunk ? code_bytes<BlockK>(panels.k) : 0;
-    Fetcher<2> fetcher(panels.next, bytes, blocks * (panels.k / kTileK));
+    Fetcher fetcher(panels.next, bytes, blocks * (panels.k / kTileK));
     if constexpr (kInt4) SlabUnpacker<BlockK>(panels, w.slab[0], 0, slab_k).run(2 * slab_k);
     for (int64_t begin = 0, slab = 0; begin < panels.k; begin += slab_k, ++slab) {
       const int64_t end = begin + slab_k < panels.k ? begin + slab_k : panels.k;

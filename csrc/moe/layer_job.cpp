@@ -8,7 +8,8 @@
 namespace kt {
 namespace {
 
-// The least number of panels that one down task sums over all experts: kernels take two at a time.
+// Panels that one down task sums over all experts: kernels take two at a time, and hidden sizes are
+// multiples of 64.
 constexpr int64_t kDownPanels = 2;
 
 // Distance of rows in scratch memory, in bytes and in floats: an odd number of cache lines more
@@ -50,8 +51,8 @@ LayerJob::LayerJob(const Layer& layer, Engine& engine, const void* x, Activation
       routing_(memory_->routing) {
   group_by_expert(ids, weights, tokens, config_.top_k, on_gpu, config_.num_experts, routing_);
   const size_t experts = routing_.experts.size(), slices = layer.slices().size();
-  const auto column_groups = static_cast<size_t>(
-      (layer.layout(Projection::kDown).panels() + kDownPanels - 1) / kDownPanels);
+  const auto column_groups =
+      static_cast<size_t>(layer.layout(Projection::kDown).panels() / kDownPanels);
   reserve(memory_->slices_left, column_groups);
   fill(memory_->slices_left, 0, column_groups, static_cast<int64_t>(slices));
   for (CallMemory::SliceProgress& progress : memory_->progress) {
@@ -263,14 +264,13 @@ void LayerJob::quantize_intermediate(size_t slice, int64_t begin, int64_t end) {
 void LayerJob::down(size_t slice, const Worker& worker) {
   const Slice& part = layer_.slices()[slice];
   const auto kernel = kernels_.down[static_cast<size_t>(config_.method)];
-  const int64_t panels = part.layout(Projection::kDown).panels();
-  const int64_t tasks = (panels + kDownPanels - 1) / kDownPanels;
+  const int64_t tasks = part.layout(Projection::kDown).panels() / kDownPanels;
   GuidedCounter& next = memory_->progress[slice].down;
   for (auto [task, end] = next.take(tasks, worker.group_size); task < end;
        std::tie(task, end) = next.take(tasks, worker.group_size)) {
     DownTask t;
     t.panel = task * kDownPanels;
-    t.panels = std::min(end * kDownPanels, panels) - t.panel;
+    t.panels = end * kDownPanels - t.panel;
     t.out = sums(slice, 0);
     t.out_stride = float_stride(config_.hidden_size);
     t.tables = layer_.tables();
@@ -301,7 +301,7 @@ void LayerJob::down(size_t slice, const Worker& worker) {
 // The sum over slices of the column groups [begin, end), to the output in its dtype.
 void LayerJob::write_columns(int64_t begin, int64_t end) {
   const int64_t column = begin * kDownPanels * kPanelRows;
-  const int64_t columns = std::min(end * kDownPanels * kPanelRows, config_.hidden_size) - column;
+  const int64_t columns = end * kDownPanels * kPanelRows - column;
   if (columns <= 0) return;
   for (int64_t row = 0; row < tokens_; ++row) {
     float* const sum = sums(0, row) + column;

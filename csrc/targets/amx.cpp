@@ -17,8 +17,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     "amx",
     1,
-    sizeof(TileWorkspace) > sizeof(PanelWorkspace<2>) ? sizeof(TileWorkspace)
-                                                      : sizeof(PanelWorkspace<2>),
+    sizeof(TileWorkspace) > sizeof(PanelWorkspace) ? sizeof(TileWorkspace) : sizeof(PanelWorkspace),
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,

@@ -18,7 +18,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     KT_NAME(KT_TARGET_NAMESPACE),
     1,
-    sizeof(PanelWorkspace<2>),
+    sizeof(PanelWorkspace),
     prepare_tables,
     quantize_row<float>,
     quantize_row<uint16_t>,
