@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 import torch
 
 from kt_kernel import _ext, packed
 from tests import portable_isa
 from tests.amx import tile_unit
+from tests.docker import engine as docker_engine
 
 #: Targets that this CPU runs as they are built.
 NATIVE = [name for name, supported in _ext.targets() if supported]
@@ -25,9 +29,46 @@ SUPPORTED = [name for name, _ in _ext.targets() if name in NATIVE or name in STO
 INTEGER_TARGETS = [name for name in SUPPORTED if name != "reference"]
 
 
-def pytest_sessionstart() -> None:
+MEASURED: list[str] = []
+"""Lines that tests want to see in the terminal summary."""
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process is one of several that pytest-xdist started for a test run."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
     # Not on import: pytest's own handler for SIGILL is set after that.
     tile_unit.install()
+    if not is_worker(session.config):
+        stack = ExitStack()
+        stack.enter_context(docker_engine.run_of_tests())
+        session.config.add_cleanup(stack.close)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config: Any = session.config
+    if is_worker(config):
+        config.workeroutput["measured"] = MEASURED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    MEASURED.extend(getattr(node, "workeroutput", {}).get("measured", []))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if MEASURED:
+        terminalreporter.section("measured")
+        for line in MEASURED:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def measured() -> list[str]:
+    """Lines for the terminal summary."""
+    return MEASURED
 
 
 def pytest_report_header() -> str:
@@ -40,7 +81,14 @@ def pytest_report_header() -> str:
     return "; ".join(notes)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            # A file's tests share what its fixtures make.
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    # What takes longest begins first.
+    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
     if torch.cuda.is_available():
         return
     for item in items:

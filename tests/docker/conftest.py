@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
+from filelock import FileLock
 
-from tests.docker.engine import (
-    Engine,
-    EngineUnavailable,
-    debian_uris,
-    make_base_image,
-    run,
-    running_engine,
-)
+from tests.docker import images as image_builds
+from tests.docker.engine import Engine, EngineUnavailable, shared_engine
 from tests.docker.project import CPU, Project, watched
 
-BASE_IMAGE = "local/debian:bookworm"
-IMAGES = {
-    "IMAGE": "tests/runtime:local",
-    "DEMO_IMAGE": "tests/demo:local",
-    "ROUTER_IMAGE": "tests/router:local",
-}
 #: Machines for tests may lack CAP_SYS_RESOURCE, which raising a limit needs.
 SMALL = {"MEMLOCK": "65536", "HEALTH_INTERVAL": "3s", "SHM_SIZE": "512m"}
-MEASURED: list[str] = []
-"""Lines for the terminal summary."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,26 +22,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("docker")
             item.add_marker(pytest.mark.timeout(1800))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if MEASURED:
-        terminalreporter.section("containers")
-        for line in MEASURED:
-            terminalreporter.write_line(line)
+            # One process uses the stack; what the others start does not disturb it.
+            if "stack" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group("stack"))
 
 
 @pytest.fixture(scope="session")
-def measured() -> list[str]:
-    return MEASURED
-
-
-@pytest.fixture(scope="session")
-def engine() -> Iterator[Engine]:
+def engine() -> Engine:
     """A running engine; without one, the tests are skipped and say why."""
     try:
-        with running_engine() as engine:
-            yield engine
+        return shared_engine()
     except EngineUnavailable as error:
         pytest.skip(f"no Docker engine: {error}")
 
@@ -67,37 +42,16 @@ def small() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def build_variables(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What a build needs on this machine's network: mirror, index and certificates."""
-    folder = tmp_path_factory.mktemp("build")
-    bundle = ssl.get_default_verify_paths().cafile or ""
-    lines = ["[global]"] + (["cert = /run/secrets/ca_bundle"] if bundle else [])
-    index = run(["python3", "-m", "pip", "config", "get", "global.index-url"], check=False)
-    if index.returncode == 0:
-        lines.append(f"index-url = {index.stdout.strip()}")
-    (folder / "pip.conf").write_text("\n".join(lines) + "\n")
-    mirror = urlsplit(debian_uris()[0])
-    return {
-        "BASE_IMAGE": BASE_IMAGE,
-        "APT_MIRROR": f"{mirror.scheme}://{mirror.netloc}",
-        "PIP_CONF_FILE": str(folder / "pip.conf"),
-        **({"CA_BUNDLE_FILE": bundle} if bundle else {}),
-    }
+def build_variables(engine: Engine) -> dict[str, str]:
+    return image_builds.build_variables(engine)
 
 
 @pytest.fixture(scope="session")
-def images(engine: Engine, build_variables: dict[str, str], measured: list[str]) -> dict[str, str]:
+def images(engine: Engine, measured: list[str]) -> dict[str, str]:
     """The images that the compose files name, built through them."""
-    started = time.monotonic()
-    make_base_image(engine, BASE_IMAGE)
-    measured.append(f"base image: {time.monotonic() - started:.0f} s")
-    started = time.monotonic()
-    files = (*CPU, "compose/replicas.yml")
-    builder = Project(engine, "build", {**IMAGES, **build_variables}, files)
-    for service in ("hub", "serve", "router"):  # one after the other: they share layers
-        builder.compose("build", service, timeout=1700)
-    measured.append(f"docker compose build: {time.monotonic() - started:.0f} s")
-    return IMAGES
+    with FileLock(engine.root / "images.lock"):  # the second process finds them built
+        measured += image_builds.build(engine)
+    return image_builds.NAMES
 
 
 @pytest.fixture

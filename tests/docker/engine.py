@@ -1,11 +1,14 @@
-"""A Docker engine of the tests' own: started from Debian's packages, nothing left when it stops."""
+"""A Docker engine of the tests' own: started from Debian's packages, nothing left when it stops.
+
+All processes of a test run use one engine: the first that needs it starts it, and the process that
+began the run stops it.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -16,6 +19,8 @@ from pathlib import Path
 
 KEEP = "DOCKER_TESTS_KEEP"
 """Environment variable: a folder whose engine data is kept and used again by the next run."""
+ROOT = "DOCKER_TESTS_ROOT"
+"""Environment variable, set by ``run_of_tests``: the folder of this run's engine."""
 NEEDED_BYTES = 30 * 10**9
 START_SECONDS = 60.0
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,31 +86,44 @@ def run(
 
 
 @contextmanager
-def running_engine() -> Iterator[Engine]:
-    """An engine that is stopped, and removed with all its data, in the end.
+def run_of_tests() -> Iterator[None]:
+    """A test run: the engine that it may start is stopped, and removed with all its data."""
+    kept = os.environ.get(KEEP)
+    root = Path(kept or tempfile.mkdtemp(prefix="docker-tests-"))
+    os.environ[ROOT] = str(root)
+    try:
+        yield
+    finally:
+        del os.environ[ROOT]
+        if (root / "pid").exists():
+            stop_daemon(Engine(root))
+        if not kept:
+            subprocess.run(["umount", str(root / "data")], capture_output=True, check=False)
+            shutil.rmtree(root, ignore_errors=True)
+
+
+def shared_engine() -> Engine:
+    """The engine of this run, started unless another process has.
 
     Raises:
         EngineUnavailable: it cannot be started here.
     """
+    # Here, since tests/conftest.py imports this file where there may be no such package.
+    from filelock import FileLock
+
     require()
-    kept = os.environ.get(KEEP)
-    root = Path(kept) if kept else Path(tempfile.mkdtemp(prefix="docker-tests-"))
+    root = Path(os.environ[ROOT])
     root.mkdir(parents=True, exist_ok=True)
-    daemon: subprocess.Popen[bytes] | None = None
-    try:
+    engine = Engine(root)
+    with FileLock(root / "start.lock"):
+        if engine.docker("info", check=False).returncode == 0:
+            return engine
         free = shutil.disk_usage(root).free
         if free < NEEDED_BYTES:
             raise EngineUnavailable(f"{root} has {free / 1e9:.0f} GB free, 30 GB are needed")
         install_plugins(root)
-        engine = Engine(root)
-        daemon = start_daemon(engine)
-        yield engine
-    finally:
-        if daemon is not None:
-            stop_daemon(Engine(root), daemon)
-        if not kept:
-            subprocess.run(["umount", str(root / "data")], capture_output=True, check=False)
-            shutil.rmtree(root, ignore_errors=True)
+        start_daemon(engine)
+    return engine
 
 
 def require() -> None:
@@ -124,7 +142,7 @@ def require() -> None:
             raise EngineUnavailable(f"{program} is not there: install the package {package}")
 
 
-def start_daemon(engine: Engine) -> subprocess.Popen[bytes]:
+def start_daemon(engine: Engine) -> None:
     """Start dockerd and wait until it answers."""
     root = engine.root
     with (root / "engine.log").open("wb") as log:
@@ -142,7 +160,7 @@ def start_daemon(engine: Engine) -> subprocess.Popen[bytes]:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and daemon.poll() is None:
         if engine.docker("info", check=False).returncode == 0:
-            return daemon
+            return
         time.sleep(0.1)
     if daemon.poll() is None:
         daemon.kill()
@@ -151,15 +169,20 @@ def start_daemon(engine: Engine) -> subprocess.Popen[bytes]:
     raise EngineUnavailable("dockerd does not start: " + " | ".join(lines[-3:]))
 
 
-def stop_daemon(engine: Engine, daemon: subprocess.Popen[bytes]) -> None:
+def stop_daemon(engine: Engine) -> None:
     """Remove all containers, then end the engine by its process."""
+    import psutil
+
     left = engine.docker("ps", "-aq", check=False).stdout.split()
     if left:
         engine.docker("rm", "-f", "-v", *left, check=False)
-    daemon.send_signal(signal.SIGTERM)
     try:
+        daemon = psutil.Process(int((engine.root / "pid").read_text()))
+        daemon.terminate()
         daemon.wait(60)
-    except subprocess.TimeoutExpired:
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return
+    except psutil.TimeoutExpired:
         daemon.kill()
         daemon.wait()
 

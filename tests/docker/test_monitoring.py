@@ -9,8 +9,8 @@ import time
 import httpx
 import pytest
 
-from tests.docker.conftest import BASE_IMAGE
 from tests.docker.engine import REPOSITORY
+from tests.docker.images import BASE_IMAGE
 from tests.docker.project import Project
 
 DASHBOARD = REPOSITORY / "compose/grafana/dashboards/serving.json"

@@ -12,21 +12,6 @@ import pytest
 
 from tests.serve.server import REPOSITORY, Server
 
-MEASURED: list[str] = []
-"""Lines the tests want to see in the terminal summary."""
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if MEASURED:
-        terminalreporter.section("served tokens against transformers")
-        for line in MEASURED:
-            terminalreporter.write_line(line)
-
-
-@pytest.fixture(scope="session")
-def measured() -> list[str]:
-    return MEASURED
-
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
