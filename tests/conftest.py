@@ -99,11 +99,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=INTEGER_TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each integer target that this CPU runs or stand-ins run, forced by KT_TARGET."""
-    monkeypatch.setenv("KT_TARGET", request.param)
-    return request.param
+    name: str = request.param
+    monkeypatch.setenv("KT_TARGET", name)
+    return name
 
 
 @pytest.fixture(params=packed.METHODS)
 def method(request: pytest.FixtureRequest) -> str:
     """Each quantisation method."""
-    return request.param
+    name: str = request.param
+    return name

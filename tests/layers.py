@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
 
 from kt_kernel import KTMoEWrapper, _ext, packed
 from tests import reference
+from tests.reference import Expert
 from tests.shapes import LayerShape
 
 THREADS = len(os.sched_getaffinity(0))
@@ -19,7 +21,7 @@ class RandomLayer:
 
     def __init__(self, shape: LayerShape, seed: int = 0, student_t: bool = False) -> None:
         self.shape = shape
-        self._packed: dict[str, dict[int, tuple[np.ndarray, ...]]] = {}
+        self._packed: dict[str, dict[int, Expert]] = {}
         rng = np.random.default_rng(seed)
         e, _, h, i = shape
 
@@ -29,7 +31,7 @@ class RandomLayer:
 
         self.gate, self.up, self.down = draw(i, h), draw(i, h), draw(h, i)
 
-    def wrapper(self, method: str, threads: int = THREADS, **kwargs) -> KTMoEWrapper:
+    def wrapper(self, method: str, threads: int = THREADS, **kwargs: Any) -> KTMoEWrapper:
         """A loaded wrapper on the target that KT_TARGET names; ``method`` is of packed.METHODS."""
         e, k, h, i = self.shape
         wrapper = KTMoEWrapper(
@@ -46,27 +48,26 @@ class RandomLayer:
         wrapper.load_weights_from_tensors(self.gate, self.up, self.down, torch.arange(e), method)
         return wrapper
 
-    def original(self) -> dict[int, tuple[np.ndarray, ...]]:
-        return {
-            e: tuple(w[e].double().numpy() for w in (self.gate, self.up, self.down))
-            for e in range(self.shape.num_experts)
-        }
+    def original(self) -> dict[int, Expert]:
+        gate, up, down = (w.double().numpy() for w in (self.gate, self.up, self.down))
+        return {e: (gate[e], up[e], down[e]) for e in range(self.shape.num_experts)}
 
-    def packed(self, method: str) -> dict[int, tuple[np.ndarray, ...]]:
+    def packed(self, method: str) -> dict[int, Expert]:
         """The experts that the packed weights stand for, packed once for each method."""
         if method not in self._packed:
             self._packed[method] = self._pack(method)
         return self._packed[method]
 
-    def _pack(self, how: str) -> dict[int, tuple[np.ndarray, ...]]:
+    def _pack(self, how: str) -> dict[int, Expert]:
         def through(w: torch.Tensor) -> np.ndarray:
+            n, k = w.shape
             bits = w.contiguous().view(torch.uint16).numpy()
             return reference.dequantize(
-                _ext.quantize_projection(bits, "bf16", None, how), *w.shape, how
+                _ext.quantize_projection(bits, "bf16", None, how), n, k, how
             )
 
         return {
-            e: tuple(through(w[e]) for w in (self.gate, self.up, self.down))
+            e: (through(self.gate[e]), through(self.up[e]), through(self.down[e]))
             for e in range(self.shape.num_experts)
         }
 

@@ -10,6 +10,9 @@ import torch
 from kt_kernel import _ext
 from kt_kernel.packed import BLOCK_K
 
+#: Weights of one expert: gate [I, H], up [I, H], down [H, I].
+Expert = tuple[np.ndarray, np.ndarray, np.ndarray]
+
 #: Error of an output row, relative to the mean: float rounding, and one step of one intermediate.
 ROUNDING, ONE_STEP = 2e-5, 8e-3
 
@@ -57,7 +60,7 @@ def slice_bounds(intermediate_size: int, slices: int) -> list[tuple[int, int]]:
 
 def silu(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # far below zero: -0
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)))
 
 
 def dequantize(packed: dict[str, np.ndarray], n: int, k: int, method: str) -> np.ndarray:
@@ -74,7 +77,7 @@ def moe(
     x: np.ndarray,
     ids: np.ndarray,
     weights: np.ndarray,
-    experts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]],
+    experts: dict[int, Expert],
     quantize_activations: bool,
     slices: int = 1,
 ) -> np.ndarray:
@@ -82,7 +85,7 @@ def moe(
 
     Args:
         x: float32 [T, H]; ids: int [T, k]; weights: float32 [T, k].
-        experts: expert id -> float64 (gate [I, H], up [I, H], down [H, I]).
+        experts: expert id -> float64 matrices.
         quantize_activations: int8 for x and the intermediate, as the kernels do.
         slices: parts of the intermediate that are quantised by themselves.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,14 @@ from tests.shapes import LAYERS, MANY_TOKENS, TOKENS, LayerShape
 SHAPE = LAYERS[0]
 
 
-def expected(layer: RandomLayer, method: str, x, ids, weights, skip=()) -> np.ndarray:
+def expected(
+    layer: RandomLayer,
+    method: str,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    skip: Collection[int] = (),
+) -> np.ndarray:
     experts = {e: w for e, w in layer.packed(method).items() if e not in skip}
     return reference.moe(x.float().numpy(), ids.numpy(), weights.numpy(), experts, True)
 

@@ -13,7 +13,7 @@ from kt_kernel.packed import BLOCK_K, METHODS
 from tests import reference
 
 
-def decode_by_the_book(packed: dict, n: int, k: int, method: str) -> np.ndarray:
+def decode_by_the_book(packed: dict[str, np.ndarray], n: int, k: int, method: str) -> np.ndarray:
     """docs/weight-format.md, read literally: one weight at a time."""
     tables = _ext.int4_tables(method) if method in BLOCK_K else None
     scales = (packed["scales"].astype(np.uint32) << 16).view(np.float32)
@@ -57,8 +57,8 @@ def test_bytes_are_as_documented(method: str) -> None:
 def test_weight_error(method: str, kind: str, bound: float) -> None:
     rng = np.random.default_rng(7)
     shape = (512, 2048)
-    w = rng.standard_normal(shape) if kind == "gaussian" else rng.standard_t(5, shape)
-    w = w.astype(np.float32)
+    drawn = rng.standard_normal(shape) if kind == "gaussian" else rng.standard_t(5, shape)
+    w = drawn.astype(np.float32)
     found = reference.dequantize(_ext.quantize_projection(w, "fp32", None, method), *shape, method)
     error = np.linalg.norm(found - w) / np.linalg.norm(w)
     assert bound / 1.5 < error < bound
@@ -75,11 +75,13 @@ def least_errors(blocks: np.ndarray, tables: np.ndarray) -> np.ndarray:
 # Measured with rows of 2048 and 7168: 0.4-0.5% (int4) and 0.6-1.2% (int4-4x8) above the best.
 @pytest.mark.parametrize(("method", "bound"), [("int4", 1.01), ("int4-4x8", 1.016)])
 @pytest.mark.parametrize("kind", ["gaussian", "student-t5"])
-def test_the_search_of_tables_is_nearly_as_good_as_an_exhaustive_one(method, bound, kind) -> None:
+def test_the_search_of_tables_is_nearly_as_good_as_an_exhaustive_one(
+    method: str, bound: float, kind: str
+) -> None:
     rng = np.random.default_rng(3)
     shape = (64, 2048)
-    w = rng.standard_normal(shape) if kind == "gaussian" else rng.standard_t(5, shape)
-    w = w.astype(np.float32)
+    drawn = rng.standard_normal(shape) if kind == "gaussian" else rng.standard_t(5, shape)
+    w = drawn.astype(np.float32)
     packed = _ext.quantize_projection(w, "fp32", None, method)
     block_k = BLOCK_K[method]
     x = w * (127 / np.abs(w).max(axis=1, keepdims=True))
@@ -186,7 +188,9 @@ def test_weights_that_are_not_finite_are_refused(method: str, value: float) -> N
         ((64, 64), "fp12", None, "int4", "fp12"),
     ],
 )
-def test_bad_arguments(shape, dtype, scale, method, message) -> None:
+def test_bad_arguments(
+    shape: tuple[int, int], dtype: str, scale: np.ndarray | None, method: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         _ext.quantize_projection(np.ones(shape, np.float32), dtype, scale, method)
 
@@ -205,10 +209,11 @@ def test_fp8_scales_of_the_wrong_shape_are_refused() -> None:
     st.sampled_from(["zero", "equal", "outlier", "subnormal", "one row zero", "huge"]),
     st.integers(0, 2**31),
 )
-def test_any_values_come_back(method, n64, k64, kind, seed) -> None:
+def test_any_values_come_back(method: str, n64: int, k64: int, kind: str, seed: int) -> None:
     """No weight is far off for its row, and no row for its norm, whatever the values."""
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal((64 * n64, 64 * k64)).astype(np.float32)
+    n, k = 64 * n64, 64 * k64
+    w = rng.standard_normal((n, k)).astype(np.float32)
     if kind == "zero":
         w[:] = 0
     elif kind == "equal":
@@ -221,9 +226,7 @@ def test_any_values_come_back(method, n64, k64, kind, seed) -> None:
         w[3] = 0
     elif kind == "huge":
         w *= np.float32(1e37)
-    found = reference.dequantize(
-        _ext.quantize_projection(w, "fp32", None, method), *w.shape, method
-    )
+    found = reference.dequantize(_ext.quantize_projection(w, "fp32", None, method), n, k, method)
     assert np.all(np.isfinite(found))
     # Below the smallest normal number a scale of its own has few bits left.
     error, tiny = np.abs(found - w), 2e-38

@@ -66,7 +66,9 @@ def test_slices_match_definition(target: str, method: str, slices: int) -> None:
         reference.assert_same(found, want)
 
 
-def write_slice(source: Path, folder: Path, layout: packed.PackedLayout, begin: int, end: int):
+def write_slice(
+    source: Path, folder: Path, layout: packed.PackedLayout, begin: int, end: int
+) -> None:
     """The file of a layer that has only columns [begin, end) of the intermediate."""
     cut = packed.PackedLayout(layout.num_experts, layout.hidden_size, end - begin, layout.method)
     codes_k = 8 if layout.has_tables else 4
