@@ -19,11 +19,11 @@ def test_same_bits_as_on_the_cpu(method: str, dtype: torch.dtype) -> None:
     for tokens in (1, 7, 300, 2):
         x, ids, weights = random_batch(SHAPE, tokens, tokens, dtype)
         want = wrapper.forward(x, ids, weights, 0)
-        on_gpu = [t.cuda() for t in (x, ids, weights)]
+        x, ids, weights = (t.cuda() for t in (x, ids, weights))
         stream = torch.cuda.current_stream().cuda_stream
-        wrapper.submit_forward(*on_gpu, stream)
-        on_gpu[1].fill_(-1)  # as SGLang masks ids in place, on the same stream
-        found = wrapper.sync_forward(on_gpu[0], stream)
+        wrapper.submit_forward(x, ids, weights, stream)
+        ids.fill_(-1)  # as SGLang masks ids in place, on the same stream
+        found = wrapper.sync_forward(x, stream)
         assert found.is_cuda
         assert torch.equal(found.cpu(), want)
 

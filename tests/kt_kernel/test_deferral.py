@@ -35,7 +35,7 @@ def layers() -> list[RandomLayer]:
     return [RandomLayer(SHAPE, seed) for seed in range(COUNT)]
 
 
-def wrappers(layers: list[RandomLayer], deferred: int | None, **kwargs) -> list[KTMoEWrapper]:
+def wrappers(layers: list[RandomLayer], deferred: int | None) -> list[KTMoEWrapper]:
     """The layers as SGLang makes them: the last one defers nothing."""
     return [
         layer.wrapper(
@@ -43,7 +43,6 @@ def wrappers(layers: list[RandomLayer], deferred: int | None, **kwargs) -> list[
             layer_idx=FIRST + i,
             num_gpu_experts=RESIDENT,
             max_deferred_experts_per_token=deferred if i < COUNT - 1 else 0,
-            **kwargs,
         )
         for i, layer in enumerate(layers)
     ]
@@ -88,7 +87,12 @@ def test_the_rest_arrives_one_layer_later(layers: list[RandomLayer], deferred: i
             now, later = split(ids, weights, deferred if i < COUNT - 1 else 0)
             experts = layer.packed("int8")
 
-            def plain(chosen: torch.Tensor, x=x, weights=weights, experts=experts) -> np.ndarray:
+            def plain(
+                chosen: torch.Tensor,
+                x: torch.Tensor = x,
+                weights: torch.Tensor = weights,
+                experts: dict[int, reference.Expert] = experts,
+            ) -> np.ndarray:
                 on_cpu = torch.where(chosen < RESIDENT, -1, chosen)
                 return reference.moe(x.numpy(), on_cpu.numpy(), weights.numpy(), experts, True)
 

@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def test_progress_lines() -> None:
     assert LoadProgress(0).line(7, 10**9, 1.0, 2.0) == "layer 7: 1, 1.0 GB in 1.0 s, 1.0 GB/s"
 
 
-def wrapper_of(folder: Path, layout: packed.PackedLayout, layer_idx: int = 0, **more):
+def wrapper_of(
+    folder: Path, layout: packed.PackedLayout, layer_idx: int = 0, **more: Any
+) -> KTMoEWrapper:
     return KTMoEWrapper(
         layer_idx=layer_idx,
         num_experts=layout.num_experts,
@@ -74,7 +77,9 @@ def test_progress_is_logged(
 def resident_bytes() -> int:
     """Anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) * 1024
+    anonymous = re.search(r"RssAnon:\s+(\d+) kB", status)
+    assert anonymous is not None
+    return int(anonymous[1]) * 1024
 
 
 def cached_pages(path: Path) -> int:
@@ -117,7 +122,9 @@ def test_weights_are_in_memory_once(on_disk: Path, slices: int) -> None:
     assert cached_pages(path) == 0
 
 
-def test_a_truncated_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_truncated_file_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that shrinks after its header was checked."""
     path = write_layer(tmp_path, LAYOUTS["int8"], 3)
     header = packed.read_header(path)

@@ -61,7 +61,7 @@ def test_a_good_file_passes(tmp_path: Path) -> None:
         ({"block": "4x8"}, "has block 4x8, expected 4x16"),
     ],
 )
-def test_metadata_of_something_else(tmp_path: Path, change: dict, message: str) -> None:
+def test_metadata_of_something_else(tmp_path: Path, change: dict[str, str], message: str) -> None:
     layout = LAYOUTS["int4"]
     path = write_layer(tmp_path, layout, 5, metadata=change)
     with pytest.raises(UserError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def layout_of(method: str) -> packed.PackedLayout:
     return packed.PackedLayout(EXPERTS, 256, 128, method)
 
 
-def open_layer(folder: Path, method: str, **kwargs) -> KTMoEWrapper:
+def open_layer(folder: Path, method: str, **kwargs: Any) -> KTMoEWrapper:
     return KTMoEWrapper(
         layer_idx=3,
         num_experts=EXPERTS,
@@ -34,7 +35,7 @@ def open_layer(folder: Path, method: str, **kwargs) -> KTMoEWrapper:
     )
 
 
-def loaded(folder: Path, method: str, **kwargs) -> KTMoEWrapper:
+def loaded(folder: Path, method: str, **kwargs: Any) -> KTMoEWrapper:
     wrapper = open_layer(folder, method, **kwargs)
     wrapper.load_weights(torch.arange(EXPERTS))
     return wrapper

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from tests.kt_kernel.files import LAYOUTS, write_layer
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LayerShape
 
-ARGUMENTS = {
+ARGUMENTS: dict[str, Any] = {
     "layer_idx": 3,
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -47,12 +49,12 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
     with safe_open(path, framework="pt") as file:
         for slot, expert in enumerate(order.tolist()):
 
-            def part(name: str, expert: int = expert):
-                tensor = file.get_tensor(name)[expert]
+            def part(name: str, expert: int = expert) -> np.ndarray:
+                tensor: torch.Tensor = file.get_tensor(name)[expert]
                 bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
                 return bits.numpy().view("u1") if name.endswith("codes") else bits.numpy()
 
-            experts[slot] = tuple(
+            gate, up, down = (
                 reference.dequantize(
                     {
                         key: part(f"{name}.{key}")
@@ -64,6 +66,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
                 )
                 for name in ("gate", "up", "down")
             )
+            experts[slot] = gate, up, down
     x, ids, weights = random_batch(SHAPE, 11)
     want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), experts, True)
     reference.assert_same(wrapper.forward(x, ids, weights, 0), want)
@@ -88,7 +91,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
         ),
     ],
 )
-def test_bad_arguments(change: dict, message: str) -> None:
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         KTMoEWrapper(**{**ARGUMENTS, **change})
 
@@ -100,7 +103,7 @@ def test_kt_target_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_weight_path_problems(tmp_path: Path) -> None:
-    def load(**change) -> None:
+    def load(**change: Any) -> None:
         KTMoEWrapper(**{**ARGUMENTS, **change}).load_weights(IDENTITY)
 
     with pytest.raises(UserError, match="weight_path is not set"):
