@@ -7,6 +7,7 @@ import sys
 
 from kt_kernel import packed
 from tests.amx import closed_form, tile_unit
+from tests.layers import THREADS
 
 KINDS = ("product", "load", "store", "zero", "loadconfig")
 #: (tokens, hidden size, intermediate size)
@@ -28,7 +29,7 @@ def main() -> int:
     os.environ["KT_TARGET"] = "amx"
     if tile_unit.COUNTS:
         tile_unit.install()
-    print(f"{how()}. One call, one expert, {closed_form.THREADS} threads: ", end="")
+    print(f"{how()}. One call, one expert, {THREADS} threads: ", end="")
     print("counted/closed form." if tile_unit.COUNTS else "closed form.")
     titles = "".join(f"{kind + 's':>16}" for kind in KINDS)
     print(f"{'method':10}{'tokens':>7}{'hidden':>8}{'interm.':>8}{titles}")

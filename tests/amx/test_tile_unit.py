@@ -40,8 +40,8 @@ def test_product(unit: ctypes.CDLL, kind: int, m: int, n: int, k4: int, gap: int
     a_type = np.int8 if kind in (0, 1) else np.uint8
     b_type = np.int8 if kind in (0, 2) else np.uint8
     left = a.view(a_type)[:, : 4 * k4].astype(np.int64)
-    right = b.view(b_type)[:, : 4 * n].astype(np.int64).reshape(k4, n, 4)
-    right = right.transpose(0, 2, 1).reshape(4 * k4, n)
+    quads = b.view(b_type)[:, : 4 * n].astype(np.int64).reshape(k4, n, 4)
+    right = quads.transpose(0, 2, 1).reshape(4 * k4, n)
     want = c.copy()
     want[:, :n] = (c[:, :n].astype(np.int64) + left @ right).astype(np.int32)
     unit.run_product(
