@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,14 +14,14 @@ from benchmarks.workers import protocol
 from benchmarks.workers.protocol import choose_experts, from_bf16, relative_error, to_bf16
 
 
-def test_bf16_rounds_as_torch_does():
+def test_bf16_rounds_as_torch_does() -> None:
     values = np.random.default_rng(1).standard_normal(10_000).astype(np.float32)
     values[:3] = (1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8))  # half way: to even
     expected = torch.from_numpy(values).bfloat16()
     assert np.array_equal(from_bf16(to_bf16(values)), expected.float().numpy())
 
 
-def test_experts_of_a_token_are_distinct_and_allowed():
+def test_experts_of_a_token_are_distinct_and_allowed() -> None:
     allowed = np.array([1, 3, 5, 7, 9, 11, 13, 15, 17])
     ids = choose_experts(np.random.default_rng(2), 200, allowed)
     assert ids.shape == (200, 8)
@@ -27,7 +29,7 @@ def test_experts_of_a_token_are_distinct_and_allowed():
     assert set(ids.ravel()) == set(allowed)
 
 
-def test_an_output_with_a_nan_is_infinitely_wrong():
+def test_an_output_with_a_nan_is_infinitely_wrong() -> None:
     ones = np.ones((2, 3), np.float32)
     broken = ones.copy()
     broken[1, 2] = np.nan
@@ -36,13 +38,13 @@ def test_an_output_with_a_nan_is_infinitely_wrong():
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (layer_inputs, protocol):
         monkeypatch.setattr(module, "HIDDEN", 64)
         monkeypatch.setattr(module, "INTERMEDIATE", 32)
 
 
-def test_the_reference_is_that_of_a_plain_loop(small, tmp_path):
+def test_the_reference_is_that_of_a_plain_loop(small: None, tmp_path: Path) -> None:
     write_sources(tmp_path, each=2)
     matrices = [np.load(tmp_path / f"{p}.npy") for p in ("gate", "up", "down")]
     assert [m.shape for m in matrices] == [(4, 32, 64), (4, 32, 64), (4, 64, 32)]
@@ -62,7 +64,7 @@ def test_the_reference_is_that_of_a_plain_loop(small, tmp_path):
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_swiglu_does_not_overflow_for_large_gates():
+def test_swiglu_does_not_overflow_for_large_gates() -> None:
     one = np.ones((1, 1), np.float32)
     out = swiglu_expert(200 * one, -one, one, one)
     assert out == pytest.approx(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,11 @@ from benchmarks import machine
 @pytest.mark.parametrize(
     ("text", "size"), [("32768K", 32 << 20), ("307200K", 300 << 20), ("1G", 1 << 30), ("?", 0)]
 )
-def test_size(text: str, size: int):
+def test_size(text: str, size: int) -> None:
     assert machine.parse_size(text) == size
 
 
-def test_second_hyperthreads_come_last(monkeypatch, tmp_path):
+def test_second_hyperthreads_come_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for cpu, siblings in ((0, "0,2"), (1, "1,3"), (2, "0,2"), (3, "1,3")):
         folder = tmp_path / f"cpu{cpu}" / "topology"
         folder.mkdir(parents=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from benchmarks import report
 from benchmarks.errors import BenchmarkError
 
 
-def cell(tokens: int, ms: float, reads: float, gops: float, ratio: float) -> dict:
+def cell(tokens: int, ms: float, reads: float, gops: float, ratio: float) -> dict[str, Any]:
     return {
         "tokens": tokens,
         "ms": ms,
@@ -22,7 +24,7 @@ def cell(tokens: int, ms: float, reads: float, gops: float, ratio: float) -> dic
     }
 
 
-RESULT = {
+RESULT: dict[str, Any] = {
     "schema": report.SCHEMA,
     "date": "2026-01-02",
     "command": "python -m benchmarks.bench_moe",
@@ -80,7 +82,7 @@ RESULT = {
 }
 
 
-def test_shares_are_of_reads_when_few_tokens_and_of_the_peak_when_many():
+def test_shares_are_of_reads_when_few_tokens_and_of_the_peak_when_many() -> None:
     text = report.render([RESULT])
     row = next(line for line in text.splitlines() if line.startswith("| **ours INT4**"))
     assert row == (
@@ -88,7 +90,7 @@ def test_shares_are_of_reads_when_few_tokens_and_of_the_peak_when_many():
     )
 
 
-def test_ratios_and_what_was_not_measured_are_shown():
+def test_ratios_and_what_was_not_measured_are_shown() -> None:
     text = report.render([RESULT])
     assert "| rival X | 16.5 ms, 38% | (about 12 s) | 4.50 | 0.125 / 0.146 |" in text
     assert "| rival X | 2.00 |  |" in text
@@ -96,17 +98,17 @@ def test_ratios_and_what_was_not_measured_are_shown():
     assert "quick" not in text
 
 
-def test_rounds_that_differ_are_shown_to_differ():
+def test_rounds_that_differ_are_shown_to_differ() -> None:
     result = copy.deepcopy(RESULT)
     result["runs"][0]["engines"][0]["cells"][0]["spread"] = 0.237
     assert "| **ours INT4** | 8.23 ms ±24%, 75% | 500 ms, 250 GOP/s" in report.render([result])
 
 
-def test_a_quick_run_is_called_one():
+def test_a_quick_run_is_called_one() -> None:
     assert "A quick run" in report.render([RESULT | {"quick": True}])
 
 
-def test_an_engine_that_stopped_keeps_its_cells_and_its_reason():
+def test_an_engine_that_stopped_keeps_its_cells_and_its_reason() -> None:
     result = copy.deepcopy(RESULT)
     result["runs"][0]["engines"][1]["unavailable"] = "its process ended with signal SIGILL"
     text = report.render([result])
@@ -114,7 +116,7 @@ def test_an_engine_that_stopped_keeps_its_cells_and_its_reason():
     assert "- rival X 0.1: **not measured**: its process ended with signal SIGILL" in text
 
 
-def test_only_marked_parts_of_the_document_change(tmp_path):
+def test_only_marked_parts_of_the_document_change(tmp_path: Path) -> None:
     (tmp_path / "here.json").write_text(json.dumps(RESULT))
     document = (
         "a\n<!-- results here -->\nold\n<!-- end -->\nb\n<!-- results gone -->\n<!-- end -->\n"
@@ -136,7 +138,9 @@ def test_only_marked_parts_of_the_document_change(tmp_path):
         (None, "cannot read"),
     ],
 )
-def test_a_file_that_is_not_a_result_is_one_clear_error(tmp_path, content, message):
+def test_a_file_that_is_not_a_result_is_one_clear_error(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
     path = tmp_path / "result.json"
     if content is not None:
         path.write_text(content)
@@ -144,14 +148,14 @@ def test_a_file_that_is_not_a_result_is_one_clear_error(tmp_path, content, messa
         report.load(path)
 
 
-def test_the_document_shows_what_its_result_files_say():
+def test_the_document_shows_what_its_result_files_say() -> None:
     document = report.DOCUMENT.read_text()
     assert report.fill(document, report.RESULTS) == document, (
         "docs/performance.md is stale: run python -m benchmarks.report --write"
     )
 
 
-def test_every_result_file_is_shown_with_its_plot():
+def test_every_result_file_is_shown_with_its_plot() -> None:
     files = sorted(report.RESULTS.glob("*.json"))
     assert files
     document = report.DOCUMENT.read_text()

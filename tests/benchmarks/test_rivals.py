@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import rivals
+from benchmarks import limits, rivals
 from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
 from benchmarks.rivals import Rivals, prepare
 from benchmarks.worker_process import WORKERS
 
 
-def test_versions_come_from_the_requirements():
+def test_versions_come_from_the_requirements() -> None:
     found = prepare.pinned_versions()
     assert set(found) == {spec.package for spec in ENGINES if spec.package}
     for name, version in found.items():
@@ -23,45 +23,48 @@ def test_versions_come_from_the_requirements():
         assert "--hash=sha256:" in text
 
 
-def test_a_folder_for_another_python_is_refused(tmp_path):
+def test_a_folder_for_another_python_is_refused(tmp_path: Path) -> None:
     manifest = {"python": "3.9", "versions": prepare.pinned_versions()}
     (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BenchmarkError, match=r"for Python 3\.9, this is"):
         Rivals.open(tmp_path)
 
 
-def test_a_folder_that_was_not_prepared_is_refused(tmp_path):
+def test_a_folder_that_was_not_prepared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"python -m benchmarks\.rivals prepare --output"):
         Rivals.open(tmp_path)
 
 
-def test_nothing_is_prepared_twice(tmp_path, monkeypatch):
+def test_nothing_is_prepared_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(prepare, "prepare", lambda folder, version: made.append(version))
     prepare.ensure(tmp_path)
     assert made == [rivals.this_python()]
-    manifest = {"python": rivals.this_python(), "versions": prepare.pinned_versions()}
+    versions = prepare.pinned_versions()
+    manifest = {"python": rivals.this_python(), "versions": versions}
     (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
     prepare.ensure(tmp_path)
     assert len(made) == 1
     # Versions that were pinned anew are fetched.
-    manifest["versions"] = manifest["versions"] | {"kt-kernel": "0.0.1"}
+    manifest["versions"] = versions | {"kt-kernel": "0.0.1"}
     (tmp_path / rivals.MANIFEST).write_text(json.dumps(manifest))
     prepare.ensure(tmp_path)
     assert len(made) == 2
 
 
-def test_a_relative_output_is_below_the_current_folder(tmp_path, monkeypatch):
+def test_a_relative_output_is_below_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # CMake would take it as relative to its source folder.
-    asked = []
+    asked: list[Path] = []
 
-    def prepared(work, target, *_):
+    def prepared(work: Path, target: Path, *_: str) -> str:
         asked.extend([work, target])
         return "1.0"
 
     monkeypatch.setattr(prepare, "_prepare_kt_kernel", prepared)
     monkeypatch.setattr(prepare, "_prepare_ggml", prepared)
-    monkeypatch.setattr(prepare.limits, "compile_probe", asked.append)
+    monkeypatch.setattr(limits, "compile_probe", asked.append)
     monkeypatch.chdir(tmp_path)
     prepare.prepare(Path("here"), "3.12")
     assert len(asked) == 5
@@ -69,7 +72,7 @@ def test_a_relative_output_is_below_the_current_folder(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "here" / rivals.MANIFEST).read_text())["python"] == "3.12"
 
 
-def test_engines_have_workers_and_a_class_that_ours_is_in():
+def test_engines_have_workers_and_a_class_that_ours_is_in() -> None:
     keys = [spec.key for spec in ENGINES]
     assert len(set(keys)) == len(keys)
     for spec in ENGINES:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.worker_process import WORKERS, Worker, WorkerFailed
+
+Start = Callable[..., Worker]
 
 # A worker that polls for ever in a thread, as some engines do, and answers with its CPU time.
 POLLER = """
@@ -41,7 +45,7 @@ serve(Engine)
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path: Path) -> Iterator[Start]:
     script = tmp_path / "worker.py"
     script.write_text(POLLER.format(workers=str(WORKERS)))
     started: list[Worker] = []
@@ -61,13 +65,13 @@ def cpu_seconds(worker: Worker) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def test_times_and_counts_distinct_experts(start):
+def test_times_and_counts_distinct_experts(start: Start) -> None:
     answer = start().ask(time=4, seed=1, seconds=30, calls=3)
     assert len(answer["ms"]) == len(answer["experts"]) == 3
     assert all(8 <= count <= 16 for count in answer["experts"])
 
 
-def test_an_idle_worker_takes_no_cpu_time(start):
+def test_an_idle_worker_takes_no_cpu_time(start: Start) -> None:
     worker = start()
     worker.ask(time=1, seed=1, seconds=0, calls=1)
     before = cpu_seconds(worker)
@@ -75,24 +79,24 @@ def test_an_idle_worker_takes_no_cpu_time(start):
     assert cpu_seconds(worker) - before < 0.1
 
 
-def test_an_engine_that_does_not_run_here_says_why(start):
+def test_an_engine_that_does_not_run_here_says_why(start: Start) -> None:
     with pytest.raises(WorkerFailed, match="needs a CPU of 2040"):
         start("missing")
 
 
-def test_a_process_that_ends_is_reported_with_its_last_line(start):
+def test_a_process_that_ends_is_reported_with_its_last_line(start: Start) -> None:
     with pytest.raises(WorkerFailed, match="exit status 1: it broke"):
         start("crash")
 
 
-def test_a_process_that_is_killed_is_reported(start):
+def test_a_process_that_is_killed_is_reported(start: Start) -> None:
     worker = start()
     os.kill(worker._process.pid, signal.SIGILL)
     with pytest.raises(WorkerFailed, match="signal SIGILL"):
         worker.ask(time=1, seed=1, seconds=0, calls=1)
 
 
-def test_a_worker_that_does_not_answer_is_ended(start):
+def test_a_worker_that_does_not_answer_is_ended(start: Start) -> None:
     worker = start(timeout=5.0)
     worker._timeout = 0.3
     with pytest.raises(WorkerFailed, match="no answer within 0 s"):
@@ -100,10 +104,12 @@ def test_a_worker_that_does_not_answer_is_ended(start):
     assert worker._process.returncode == -signal.SIGKILL
 
 
-def test_a_result_is_compared_with_the_expected_one(start, tmp_path):
-    import numpy as np
-
-    inputs = {"x": np.zeros((2, 4), np.uint16), "ids": np.zeros((2, 8), np.int64)}
-    expected = np.array([[3, 3, 3, 3], [2, 4, 2, 4]], np.float32)
-    np.savez(tmp_path / "check.npz", **inputs, weights=np.ones((2, 8)), expected=expected)
+def test_a_result_is_compared_with_the_expected_one(start: Start, tmp_path: Path) -> None:
+    np.savez(
+        tmp_path / "check.npz",
+        x=np.zeros((2, 4), np.uint16),
+        ids=np.zeros((2, 8), np.int64),
+        weights=np.ones((2, 8)),
+        expected=np.array([[3, 3, 3, 3], [2, 4, 2, 4]], np.float32),
+    )
     assert start().ask(check=str(tmp_path / "check.npz"))["error"] == pytest.approx(0.5 / 3)
