@@ -29,7 +29,8 @@ METHODS_OF_OTHER_FEATURES = {
 
 @pytest.fixture(scope="module", params=ALL_WHEELS, ids=str)
 def wheel(request: pytest.FixtureRequest) -> PublishedWheel:
-    return request.param
+    wheel: PublishedWheel = request.param
+    return wheel
 
 
 @pytest.fixture(scope="module")
