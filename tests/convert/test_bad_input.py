@@ -37,13 +37,13 @@ def rename_expert(fake: FakeCheckpoint, layer: int, old: int, new: int) -> None:
 
 
 #: name -> (change to a sound checkpoint, what the one line must contain)
-BROKEN: dict[str, tuple[Callable[[FakeCheckpoint], None], list[str]]] = {
+BROKEN: dict[str, tuple[Callable[[FakeCheckpoint], object], list[str]]] = {
     "tensor missing": (
-        lambda fake: fake.tensors.pop(GATE),  # type: ignore[list-item]
+        lambda fake: fake.tensors.pop(GATE),
         [INDEX, GATE, "not complete"],
     ),
     "scale missing": (
-        lambda fake: fake.tensors.pop(SCALE),  # type: ignore[list-item]
+        lambda fake: fake.tensors.pop(SCALE),
         [INDEX, SCALE],
     ),
     "wrong shape": (
@@ -247,7 +247,11 @@ def test_input_type_disagrees_with_the_file(
     ],
 )
 def test_values_that_cannot_be_quantised(
-    tmp_path: Path, convert_fails: ConvertFails, dtype: str, kind: type, pattern: int
+    tmp_path: Path,
+    convert_fails: ConvertFails,
+    dtype: str,
+    kind: type[np.uint8 | np.uint16],
+    pattern: int,
 ) -> None:
     fake = fake_checkpoint(dtype)
     data = np.frombuffer(fake.tensors[GATE][2], kind).copy()

@@ -35,6 +35,7 @@ def weights(kind: str, n: int, k: int, seed: int) -> np.ndarray:
 
 
 def dequantized(values: np.ndarray, method: str) -> np.ndarray:
+    n, k = values.shape
     parts = _ext.quantize_projection(values, "fp32", None, method)
     tables = _ext.int4_tables(method) if "table_index" in parts else None
     return _ext.dequantize_projection(
@@ -42,7 +43,8 @@ def dequantized(values: np.ndarray, method: str) -> np.ndarray:
         parts["scales"],
         parts.get("table_index"),
         tables,
-        *values.shape,
+        n,
+        k,
         method,
     )
 

@@ -67,7 +67,7 @@ def test_a_layer_that_another_has_is_waited_for(
             assert free
             process = start_convert(*convert_argv(source, output, "--layers", "1-3"))
             assert process.stdout is not None
-            lines = []
+            lines: list[str] = []
             while not any("waiting" in line for line in lines):
                 lines.append(process.stdout.readline())
                 assert lines[-1]
