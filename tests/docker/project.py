@@ -110,7 +110,7 @@ class Project:
         return found
 
     def logs(self, service: str, number: int = 1) -> str:
-        return self.container(service, number).logs().decode(errors="replace")
+        return str(self.container(service, number).logs().decode(errors="replace"))
 
     def errors(self, service: str) -> list[str]:
         """The lines of a service's log that tell a mistake."""

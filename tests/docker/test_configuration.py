@@ -31,7 +31,8 @@ def configuration(engine: Engine, overrides: tuple[str, ...], **variables: str) 
         {"SETTINGS_FILE": os.devnull, **engine.environment, **variables},
     )
     assert not result.stderr
-    return json.loads(result.stdout)["services"]
+    services: dict[str, Any] = json.loads(result.stdout)["services"]
+    return services
 
 
 @pytest.mark.parametrize("overrides", COMBINATIONS, ids=lambda names: "+".join(names) or "plain")

@@ -66,7 +66,8 @@ def ask(url: str, query: str) -> list[dict[str, list[str]]]:
     if answer.status_code == 503:
         return []
     assert answer.status_code == 200, f"{query}: {answer.text}"
-    return answer.json()["data"]["result"]
+    result: list[dict[str, list[str]]] = answer.json()["data"]["result"]
+    return result
 
 
 def test_prometheus_scrapes_the_server(prometheus: str) -> None:

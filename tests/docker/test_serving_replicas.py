@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -44,7 +45,7 @@ def replicas(stack: Project, measured: list[str]) -> Iterator[Project]:
 def wait_for_servers(project: Project, count: int) -> float:
     """Seconds until the router counts so many servers as healthy."""
     started = time.monotonic()
-    answer: object = None
+    answer: Any = None
     with project.api() as api:
         while time.monotonic() - started < READY_SECONDS:
             try:
