@@ -50,9 +50,7 @@ def command(*words: str | Path) -> list[str]:
     return [sys.executable, str(ENTRYPOINT), *map(str, words)]
 
 
-def run(
-    *words: str | Path, timeout: float = 120, **settings: str
-) -> subprocess.CompletedProcess[str]:
+def run(*words: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """Run a stage to its end."""
     return subprocess.run(
         command(*words),
@@ -60,7 +58,7 @@ def run(
         cwd="/",
         text=True,
         capture_output=True,
-        timeout=timeout,
+        timeout=300,
         check=False,
     )
 

@@ -19,8 +19,8 @@ from tests.entrypoint.helpers import REPOSITORY, Prepared, run, with_gpu
 CUDA = (13, 0)
 
 
-def card(name: str, gib: float, capability: tuple[int, int], **more: int) -> Gpu:
-    return Gpu(name, int(gib * GIB), capability, CUDA, used_bytes=0, **more)
+def card(name: str, gib: float, capability: tuple[int, int]) -> Gpu:
+    return Gpu(name, int(gib * GIB), capability, CUDA, used_bytes=0)
 
 
 # The memory is what CUDA tells of such a card.

@@ -20,14 +20,14 @@ from deploy.marker import Marker, RepoFile
 from tests.entrypoint.helpers import L20, LAPTOP, REPO_ID, Prepared, fails, run, with_gpu
 
 
-def results(check: Check, machine: Machine = LAPTOP, **settings: str) -> list[Result]:
+def results(check: Check, machine: Machine = LAPTOP, /, **settings: str) -> list[Result]:
     """Run one check with these settings."""
     config = load(settings)
     values, _ = resolve(config, machine)
     return list(check(Situation(values, config.environment, machine)))
 
 
-def sentence(check: Check, machine: Machine = LAPTOP, **settings: str) -> str:
+def sentence(check: Check, machine: Machine = LAPTOP, /, **settings: str) -> str:
     """Run one check that must fail once; what it says."""
     failed = [r for r in results(check, machine, **settings) if r.status is Status.FAIL]
     assert len(failed) == 1

@@ -24,14 +24,14 @@ from tests.entrypoint.helpers import H200, L20, LAPTOP, Prepared, run, with_gpu
 SERVER = with_gpu(L20)
 
 
-def situation(root: Path, machine: Machine = SERVER, **settings: str) -> Situation:
+def situation(root: Path, machine: Machine = SERVER, /, **settings: str) -> Situation:
     settings = {"KT_MODEL_PATH": "/no/model", "KT_WEIGHT_PATH": "/no/weights", **settings}
     config = load(settings)
     values, _ = resolve(config, machine)
     return Situation(values, config.environment, machine, root)
 
 
-def one(check: Check, root: Path, machine: Machine = SERVER, **settings: str) -> Result:
+def one(check: Check, root: Path, machine: Machine = SERVER, /, **settings: str) -> Result:
     """The only result of a check; it says what to do unless it passes."""
     (result,) = check(situation(root, machine, **settings))
     assert (result.todo == "") == (result.status is Status.PASS), result

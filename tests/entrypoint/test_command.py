@@ -33,7 +33,7 @@ ADDED = [
 ]
 
 
-def serve(machine: Machine = LAPTOP, files: tuple[Path, ...] = (), **settings: str) -> list[str]:
+def serve(machine: Machine = LAPTOP, files: tuple[Path, ...] = (), /, **settings: str) -> list[str]:
     """The argv of serve."""
     return serve_command(load(settings, files), machine).argv
 

@@ -173,8 +173,8 @@ def test_an_answer_without_tokens(answers: Answers) -> None:
 
 
 def test_ipv6_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploy.address import base_url
     from deploy.config import load
-    from deploy.smoke import base_url
 
     address: Callable[..., str] = lambda host: base_url(load({"KT_HOST": host}))  # noqa: E731
     assert address("0.0.0.0") == "http://127.0.0.1:30000"

@@ -381,8 +381,11 @@ def test_status_of_servers_that_leave_no_state(
     assert overall_state(tmp_path, url) == State("serve", "ready")
     # One that served here before the servers elsewhere.
     write_state(tmp_path, State("serve", "ready"))
-    assert is_healthy(overall_state(tmp_path, url, elsewhere=True))
-    assert not is_healthy(overall_state(tmp_path, url))
+    elsewhere, here = overall_state(tmp_path, url, elsewhere=True), overall_state(tmp_path, url)
+    assert elsewhere is not None
+    assert is_healthy(elsewhere)
+    assert here is not None
+    assert not is_healthy(here)
     (tmp_path / "serve.json").unlink()
     write_state(tmp_path, State("convert", "failed", "no space"))
     failed = overall_state(tmp_path, url)
