@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,11 +44,12 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_config(folder: Path) -> dict:
-    return json.loads((folder / "config.json").read_text())
+def read_config(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
 
 
-def expected_shapes(config: dict) -> dict[str, list[int]]:
+def expected_shapes(config: dict[str, Any]) -> dict[str, list[int]]:
     """Name and shape of each tensor a checkpoint of this config has, scales included."""
     shapes: dict[str, list[int]] = {}
     hidden, vocab = config["hidden_size"], config["vocab_size"]

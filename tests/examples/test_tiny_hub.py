@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -85,7 +86,11 @@ def test_nothing_is_downloaded_twice(root: Path, tmp_path: Path) -> None:
 
 def test_unknown_names_are_the_clients_errors(root: Path, tmp_path: Path) -> None:
     with Hub(root) as hub:
-        where = {"endpoint": hub.endpoint, "local_dir": tmp_path / "model", "token": False}
+        where: dict[str, Any] = {
+            "endpoint": hub.endpoint,
+            "local_dir": tmp_path / "model",
+            "token": False,
+        }
         with pytest.raises(RepositoryNotFoundError):
             snapshot_download("deepseek-ai/DeepSeek-V9", **where)
         for revision in ("v1.0", "0" * 40):
@@ -131,7 +136,7 @@ def test_client_resumes_after_a_cut_connection(tmp_path: Path) -> None:
 
 
 def test_download_that_failed_for_good_is_finished_later(root: Path, tmp_path: Path) -> None:
-    where = {"local_dir": tmp_path / "model", "token": False}
+    where: dict[str, Any] = {"local_dir": tmp_path / "model", "token": False}
     with (
         Hub(root, options=HubOptions(drop_after=1 << 20)) as hub,
         pytest.raises(httpx.RemoteProtocolError),
@@ -185,7 +190,7 @@ def head_requests(log: io.StringIO) -> list[tuple[str, int, int]]:
 def test_token_is_asked_for_as_by_a_gated_model(root: Path, tmp_path: Path) -> None:
     options = HubOptions(token="hf_good", forbidden_token="hf_other")
     with Hub(root, options=options) as hub:
-        where = {"endpoint": hub.endpoint, "local_dir": tmp_path / "model"}
+        where: dict[str, Any] = {"endpoint": hub.endpoint, "local_dir": tmp_path / "model"}
         for token in (False, "hf_other"):
             with pytest.raises(GatedRepoError) as refusal:
                 snapshot_download(REPO, token=token, **where)

@@ -63,7 +63,8 @@ def answers(tiny_fp8: Path) -> dict[str, Any]:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = [row for row in done.stdout.splitlines() if row.startswith("ANSWERS ")]
-    return json.loads(line.removeprefix("ANSWERS "))
+    found: dict[str, Any] = json.loads(line.removeprefix("ANSWERS "))
+    return found
 
 
 def test_model_is_taken_for_deepseek_v32(answers: dict[str, Any]) -> None:
