@@ -76,6 +76,8 @@ def arguments(file: Path) -> list[str]:
 
 def start_guest(program: Path, layer: Path, folder: Path) -> str:
     """What the program prints on a machine of two nodes with two CPUs each."""
+    assert QEMU is not None
+    assert KERNEL is not None
     image = folder / "initramfs"
     image.write_bytes(archive({"init": program, "layer": layer}))
     command = [
