@@ -127,7 +127,8 @@ def greedy(model: PreTrainedModel, input_ids: list[int], new_tokens: int) -> lis
 @torch.no_grad()
 def log_probabilities(model: PreTrainedModel, input_ids: list[int]) -> torch.Tensor:
     """float32 [T, vocabulary]: row t is the distribution of token t + 1."""
-    return model(torch.tensor([input_ids])).logits[0].float().log_softmax(-1)
+    logits: torch.Tensor = model(torch.tensor([input_ids])).logits
+    return logits[0].float().log_softmax(-1)
 
 
 def _layer_of(name: str) -> int:
