@@ -16,7 +16,8 @@ def name_of(hook: Hook) -> str:
 
 @pytest.fixture(params=PLUGIN_WHEELS, ids=str)
 def wheel(request: pytest.FixtureRequest) -> PublishedWheel:
-    return request.param
+    wheel: PublishedWheel = request.param
+    return wheel
 
 
 @pytest.mark.parametrize("hook", [h for h in HOOKS if h.kind != "entry"], ids=name_of)

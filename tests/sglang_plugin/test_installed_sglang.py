@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from kt_kernel.sglang_plugin import launch_environment
 from kt_kernel.sglang_plugin.hooks import HOOKS
@@ -50,7 +51,7 @@ print("REPORT" + json.dumps(report))
 
 
 @cache
-def outcome() -> tuple[dict, str]:
+def outcome() -> tuple[dict[str, Any], str]:
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         env={**os.environ, **launch_environment("cpu", {"PYTHONPATH": str(REPOSITORY)})},

@@ -31,7 +31,8 @@ def test_arguments_may_come_by_keyword() -> None:
 
 @pytest.fixture(params=PLUGIN_WHEELS, ids=str)
 def wheel(request: pytest.FixtureRequest) -> PublishedWheel:
-    return request.param
+    wheel: PublishedWheel = request.param
+    return wheel
 
 
 @pytest.mark.parametrize("forward", ["forward_normal", "forward_normal_dual_stream"])
