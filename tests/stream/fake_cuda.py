@@ -34,7 +34,7 @@ class Array:
         """The memory itself."""
         count = int(np.prod(self.shape))
         raw = (ctypes.c_uint8 * (count * self.dtype.itemsize)).from_address(self.address)
-        return np.frombuffer(raw, self.dtype).reshape(self.shape)
+        return np.asarray(raw).view(self.dtype).reshape(self.shape)
 
 
 class Stream:
