@@ -7,8 +7,12 @@ WORK   ?= .demo
 # What the extension is built from: a change rebuilds it.
 SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
 
+# Where it is set, as in some machines' images, each start of SGLang compiles what it imports again:
+# 25 s of processor time for each of its three processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
-.PHONY: compose-there help venv demo tiny quality test test-fast sanitize numa-test amx-test amx-report gpu-test ci \
+.PHONY: compose-there help venv demo tiny quality test test-fast test-system test-all sanitize numa-test amx-test amx-report gpu-test \
         lint types docs docs-check bench lock download convert serve check smoke health status doctor \
         clean clean-demo image image-test up up-cpu down logs ps chat
 
@@ -112,14 +116,27 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 
 # ---- quality ---------------------------------------------------------------------------------------
 
-test: venv ## all tests but those of make sanitize
-	$(BIN)/python -m pytest
+# On all cores; tests/conftest.py says which tests share a process. `python -m pytest FILE` needs none
+# of this.
+PYTEST = $(BIN)/python -m pytest -n $(or $(JOBS),logical) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+# What needs more than a user's rights, or minutes of emulation.
+SYSTEM := docker or numa or sanitizer
 
-test-fast: venv ## tests that start no SGLang server, no containers and no virtual machine
-	$(BIN)/python -m pytest -m "not serve and not docker and not numa and not sanitizer"
+test: venv ## what needs no root, no engine and no emulated machine; real servers too (ten minutes)
+	$(PYTEST) -m "not ($(SYSTEM))"
 
-sanitize: venv ## threads and CUDA stream calls under ThreadSanitizer and AddressSanitizer (five minutes)
-	$(BIN)/python -m pytest -m sanitizer tests/sanitizers
+test-fast: venv ## the same without servers, and without what takes long (three minutes)
+	$(PYTEST) -m "not (serve or slow or $(SYSTEM))"
+
+# More processes than cores: containers and guests often wait.
+test-system: JOBS = 3
+test-system: venv ## containers with an engine of their own (as root), two NUMA nodes, sanitizers
+	$(PYTEST) -m "$(SYSTEM)" tests/docker tests/numa tests/sanitizers
+
+test-all: test test-system ## all tests
+
+sanitize: venv ## threads and CUDA stream calls under ThreadSanitizer and AddressSanitizer, at length
+	KT_STRESS_CALLS=$${KT_STRESS_CALLS:-20000} $(BIN)/python -m pytest -m sanitizer tests/sanitizers
 
 numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs the package qemu-system-x86
 	@command -v qemu-system-x86_64 >/dev/null || \
@@ -175,8 +192,6 @@ quality: venv $(VENV)/.bench ## what each format of the experts changes in the t
 
 amx-report: venv ## tile instructions of AMX layer calls, counted beside their closed form
 	$(BIN)/python -m tests.amx.report
-
-ci: lint types docs-check test ## what CI runs
 
 clean: clean-demo ## remove everything that make made
 	rm -rf $(VENV) build .cache

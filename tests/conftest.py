@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +72,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def measured() -> list[str]:
     """Lines for the terminal summary."""
     return MEASURED
+
+
+@pytest.fixture(scope="session")
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_once(name, make) is the path ``name`` that make(path) made once for all processes.
+
+    What is there must never be changed.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "made-once"
+
+    def path_of(name: str, make: Callable[[Path], object]) -> Path:
+        # Here, since what runs without a network and packages needs no such thing.
+        from filelock import FileLock
+
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                partial = path.with_name(f"{path.name}.partial")
+                make(partial)
+                partial.rename(path)
+        return path
+
+    return path_of
 
 
 def pytest_report_header() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -70,6 +71,12 @@ class RandomLayer:
             e: (through(self.gate[e]), through(self.up[e]), through(self.down[e]))
             for e in range(self.shape.num_experts)
         }
+
+
+@functools.cache
+def shared_layer(shape: LayerShape, student_t: bool = False) -> RandomLayer:
+    """The layer of seed 0, drawn and packed once for all targets."""
+    return RandomLayer(shape, student_t=student_t)
 
 
 def random_batch(

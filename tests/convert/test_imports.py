@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
 from convert.checkpoint import Checkpoint
 from convert.decode import decode_int4
@@ -22,6 +21,13 @@ Convert = Callable[..., list[str]]
 ConvertFails = Callable[..., str]
 
 GATE = "model.layers.2.mlp.experts.1.gate_proj.weight"
+
+
+def pack_to_int32(values: torch.Tensor, bits: int) -> torch.Tensor:
+    # Imported here, since it imports transformers: 10 s that collecting the tests would take.
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    return pack_to_int32(values, bits)
 
 
 def to_int4(fake: FakeCheckpoint, group: int, scale_dtype: str = "BF16") -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ engine data that the tests will use.
 from __future__ import annotations
 
 import os
+import signal
 import ssl
 import sys
 import time
@@ -77,6 +78,7 @@ def main() -> int:
     if not os.environ.get(KEEP):
         print(f"error: {KEEP} is not set: expected the folder for the engine's data")
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with run_of_tests():
         try:
             print("\n".join(build(shared_engine())))

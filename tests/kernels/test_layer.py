@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from tests import reference
 from tests.conftest import INTEGER_TARGETS
-from tests.layers import RandomLayer, random_batch
+from tests.layers import RandomLayer, random_batch, shared_layer
 from tests.shapes import LAYERS, MANY_TOKENS, TOKENS, LayerShape
 
 SHAPE = LAYERS[0]
@@ -28,17 +29,21 @@ def expected(
     return reference.moe(x.float().numpy(), ids.numpy(), weights.numpy(), experts, True)
 
 
+@functools.cache
+def definition(shape: LayerShape, method: str, tokens: int) -> np.ndarray:
+    """What each target's result must be, for the batch whose seed is its number of tokens."""
+    return expected(shared_layer(shape), method, *random_batch(shape, tokens, seed=tokens))
+
+
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
 def test_matches_definition(target: str, method: str, shape: LayerShape) -> None:
-    layer = RandomLayer(shape)
-    wrapper = layer.wrapper(method)
+    wrapper = shared_layer(shape).wrapper(method)
     for tokens in TOKENS:
         x, ids, weights = random_batch(shape, tokens, seed=tokens)
         found = wrapper.forward(x, ids, weights, 0)
         assert found.dtype == torch.float32
         assert found.shape == x.shape
-        want = expected(layer, method, x, ids, weights)
-        reference.assert_same(found, want)
+        reference.assert_same(found, definition(shape, method, tokens))
 
 
 @pytest.mark.parametrize("shape", LAYERS, ids=str)
@@ -47,7 +52,7 @@ def test_targets_agree_to_the_bit(
     monkeypatch: pytest.MonkeyPatch, method: str, shape: LayerShape, dtype: torch.dtype
 ) -> None:
     assert len(INTEGER_TARGETS) > 1, "only one target runs here: nothing was compared"
-    layer = RandomLayer(shape, student_t=True)
+    layer = shared_layer(shape, student_t=True)
     results = {}
     for target in INTEGER_TARGETS:
         monkeypatch.setenv("KT_TARGET", target)
@@ -63,7 +68,7 @@ def test_targets_agree_to_the_bit(
 def test_reference_target_is_exact(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Float activations: what remains is float32 rounding of the intermediate."""
     monkeypatch.setenv("KT_TARGET", "reference")
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     x, ids, weights = random_batch(SHAPE, 9)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
     want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), layer.packed(method), False)
@@ -84,7 +89,7 @@ def test_reference_target_is_exact(monkeypatch: pytest.MonkeyPatch, method: str)
 )
 def test_format_error(method: str, student_t: bool, bound: float) -> None:
     shape = LayerShape(2, 2, 2048, 1024)
-    layer = RandomLayer(shape, student_t=student_t)
+    layer = shared_layer(shape, student_t)
     x, ids, weights = random_batch(shape, 16)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
     want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), layer.original(), False)
@@ -103,7 +108,7 @@ def with_outliers(x: torch.Tensor, channels: int, factor: float) -> torch.Tensor
 @pytest.mark.parametrize(("channels", "factor"), [(1, 1e30), (5, 50), (16, 20)])
 def test_outliers_match_definition(target: str, method: str, channels: int, factor: float) -> None:
     shape = LayerShape(4, 2, 1088, 320)
-    layer = RandomLayer(shape)
+    layer = shared_layer(shape)
     wrapper = layer.wrapper(method)
     for tokens in (1, 40):
         x, ids, weights = random_batch(shape, tokens)
@@ -118,7 +123,7 @@ def test_outliers_match_definition(target: str, method: str, channels: int, fact
 def test_format_error_with_outliers(method: str, bound: float) -> None:
     """A few channels x 50 cost no accuracy: with one scale for all of a row, INT8 is at 0.16."""
     shape = LayerShape(2, 2, 2048, 1024)
-    layer = RandomLayer(shape)
+    layer = shared_layer(shape)
     x, ids, weights = random_batch(shape, 16)
     x = with_outliers(x, 4, 50)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
@@ -129,7 +134,7 @@ def test_format_error_with_outliers(method: str, bound: float) -> None:
 def test_outliers_of_targets_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Outliers in some rows only, bf16 and float32, values that nothing is left beside included."""
     shape = LayerShape(4, 2, 1088, 320)
-    layer = RandomLayer(shape)
+    layer = shared_layer(shape)
     x, ids, weights = random_batch(shape, 70)
     x[::3] = with_outliers(x[::3], 5, 300)
     x[7] = 0
@@ -152,7 +157,7 @@ def test_outliers_of_targets_agree_to_the_bit(monkeypatch: pytest.MonkeyPatch, m
 
 
 def test_padding_and_gpu_experts_are_skipped(target: str, method: str) -> None:
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     wrapper = layer.wrapper(method, num_gpu_experts=3)
     x, ids, weights = random_batch(SHAPE, 33)
     ids[5, 1] = -1
@@ -166,7 +171,7 @@ def test_padding_and_gpu_experts_are_skipped(target: str, method: str) -> None:
 
 
 def test_mask_may_change_between_calls(method: str) -> None:
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     wrapper = layer.wrapper(method, gpu_experts_mask=torch.arange(8) >= 6)
     x, ids, weights = random_batch(SHAPE, 20)
     for gpu in ((6, 7), (0, 3), ()):
@@ -181,7 +186,7 @@ def test_all_tokens_on_one_expert(
     monkeypatch: pytest.MonkeyPatch, target: str, method: str, tokens: int
 ) -> None:
     shape = LayerShape(8, 1, 1088, 192)
-    layer = RandomLayer(shape)
+    layer = shared_layer(shape)
     x, _, weights = random_batch(shape, tokens)
     ids = torch.full((tokens, 1), 5, dtype=torch.int32)
     found = layer.wrapper(method).forward(x, ids, weights, 0)
@@ -191,7 +196,7 @@ def test_all_tokens_on_one_expert(
 
 
 def test_no_tokens_and_nothing_for_the_cpu(target: str) -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("int4")
+    wrapper = shared_layer(SHAPE).wrapper("int4")
     x, ids, weights = random_batch(SHAPE, 4)
     assert wrapper.forward(x[:0], ids[:0], weights[:0], 0).shape == (0, SHAPE.hidden_size)
     assert torch.all(wrapper.forward(x, torch.full_like(ids, -1), weights, 0) == 0)
@@ -202,7 +207,7 @@ def test_no_tokens_and_nothing_for_the_cpu(target: str) -> None:
 def test_inputs_may_be_overwritten_after_submit(method: str, tokens: int, busy: bool) -> None:
     """SGLang masks topk_ids in place between submit and sync. Workers that are idle read very many
     tokens from the caller's memory, before submit returns; others are copied."""
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     wrapper, other = layer.wrapper(method), layer.wrapper(method)
     x, ids, weights = random_batch(SHAPE, tokens)
     want = wrapper.forward(x.clone(), ids.clone(), weights.clone(), 0)
@@ -231,7 +236,7 @@ def test_layers_share_the_threads_and_alternate(method: str) -> None:
 
 
 def test_int64_ids_and_strided_inputs() -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("int8")
+    wrapper = shared_layer(SHAPE).wrapper("int8")
     x, ids, weights = random_batch(SHAPE, 6)
     want = wrapper.forward(x, ids, weights, 0)
     wide = torch.stack([x, x], dim=1).reshape(6, -1)[:, : SHAPE.hidden_size]
@@ -240,7 +245,7 @@ def test_int64_ids_and_strided_inputs() -> None:
 
 
 def test_expert_map_moves_experts(method: str) -> None:
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     wrapper = layer.wrapper(method)
     batch = random_batch(SHAPE, 12)
     want = wrapper.forward(*batch, 0)
@@ -254,7 +259,7 @@ def test_expert_map_moves_experts(method: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_activations_show_in_their_row_only(target: str, value: float) -> None:
-    wrapper = RandomLayer(SHAPE).wrapper("int4")
+    wrapper = shared_layer(SHAPE).wrapper("int4")
     x, ids, weights = random_batch(SHAPE, 10)
     want = wrapper.forward(x, ids, weights, 0)
     x[4, 77] = value
@@ -265,13 +270,13 @@ def test_bad_activations_show_in_their_row_only(target: str, value: float) -> No
 
 
 def test_zero_activations_give_zero(target: str, method: str) -> None:
-    wrapper = RandomLayer(SHAPE).wrapper(method)
+    wrapper = shared_layer(SHAPE).wrapper(method)
     x, ids, weights = random_batch(SHAPE, 3)
     assert torch.all(wrapper.forward(torch.zeros_like(x), ids, weights, 0) == 0)
 
 
 def test_repeated_calls_give_the_same_bits(method: str) -> None:
-    wrapper = RandomLayer(SHAPE).wrapper(method)
+    wrapper = shared_layer(SHAPE).wrapper(method)
     batch = random_batch(SHAPE, 5)
     want = wrapper.forward(*batch, 0)
     assert all(torch.equal(wrapper.forward(*batch, 0), want) for _ in range(300))

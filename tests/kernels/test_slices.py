@@ -15,7 +15,7 @@ from kt_kernel import KTMoEWrapper, _ext, packed
 from kt_kernel.engine import target_name
 from tests import reference
 from tests.kt_kernel.files import write_layer
-from tests.layers import RandomLayer, random_batch
+from tests.layers import RandomLayer, random_batch, shared_layer
 from tests.shapes import LayerShape
 
 #: Five units of 64: no number of slices but one and five cuts it evenly.
@@ -43,7 +43,7 @@ def use_engine(monkeypatch: pytest.MonkeyPatch, workers: list[int], slices: int)
 def test_threads_do_not_change_bits(
     monkeypatch: pytest.MonkeyPatch, method: str, slices: int
 ) -> None:
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     results = []
     for workers in GROUPS[slices]:
         use_engine(monkeypatch, workers, slices)
@@ -56,7 +56,7 @@ def test_threads_do_not_change_bits(
 
 @pytest.mark.parametrize("slices", [2, 3, 5])
 def test_slices_match_definition(target: str, method: str, slices: int) -> None:
-    layer = RandomLayer(SHAPE)
+    layer = shared_layer(SHAPE)
     wrapper = layer.wrapper(method, threadpool_count=slices)
     for tokens in BATCHES:
         x, ids, weights = random_batch(SHAPE, tokens)

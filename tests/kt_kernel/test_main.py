@@ -7,7 +7,10 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
 from kt_kernel import _ext
+from kt_kernel.__main__ import main
 from tests.conftest import INTEGER_TARGETS, NATIVE
 
 
@@ -43,13 +46,23 @@ def test_features_are_the_kernels_own() -> None:
     assert ours["avx512"] == ({"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= linux)
 
 
-def test_target_can_be_forced_and_must_be_known() -> None:
-    for target in set(INTEGER_TARGETS) & set(NATIVE):
-        assert f"target:             {target}\n" in run("-m", "kt_kernel", KT_TARGET=target).stdout
-    result = run("-m", "kt_kernel", KT_TARGET="amx512")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: KT_TARGET: target 'amx512' is unknown: expected one of")
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize("target", sorted(set(INTEGER_TARGETS) & set(NATIVE)))
+def test_target_can_be_forced(
+    target: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KT_TARGET", target)
+    assert main() == 0
+    assert f"target:             {target}\n" in capsys.readouterr().out
+
+
+def test_target_must_be_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KT_TARGET", "amx512")
+    assert main() == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: KT_TARGET: target 'amx512' is unknown: expected one of")
+    assert printed.count("\n") == 1
 
 
 def test_importing_the_package_loads_no_torch() -> None:

@@ -1,40 +1,44 @@
-"""One tiny checkpoint, its packed weights, and servers of them, one at a time."""
+"""One tiny checkpoint, its packed weights, and servers of them."""
 
 import json
 import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from examples.tiny.make_checkpoint import make_checkpoint
 from tests.serve.server import REPOSITORY, Server
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # Each starts a server of its own, so any process may run it.
+            item.add_marker(pytest.mark.xdist_group(item.nodeid))
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(make_once: Callable[..., Path]) -> Path:
     """examples/tiny's checkpoint."""
-    path = tmp_path_factory.mktemp("serve") / "checkpoint"
-    run("-m", "examples.tiny.make_checkpoint", "--output", str(path))
-    return path
+    return make_once("serve/checkpoint", make_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def packed_weights(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def packed_weights(checkpoint: Path, make_once: Callable[..., Path]) -> Callable[[str], Path]:
     """packed_weights("int4") converts the checkpoint once and returns the folder."""
 
-    @cache
     def convert(method: str) -> Path:
-        path = tmp_path_factory.mktemp("weights") / method
-        run(
-            *("-m", "convert", "--input-path", str(checkpoint), "--input-type", "fp8"),
-            *("--output", str(path), "--quant-method", method, "--no-merge-safetensor"),
+        return make_once(
+            f"serve/{method}",
+            lambda path: run(
+                *("-m", "convert", "--input-path", str(checkpoint), "--input-type", "fp8"),
+                *("--output", str(path), "--quant-method", method, "--no-merge-safetensor"),
+            ),
         )
-        return path
 
     return convert
 
@@ -63,35 +67,23 @@ def server_settings(
     return settings
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def serve(
-    server_settings: Callable[..., dict[str, str]],
-    tmp_path_factory: pytest.TempPathFactory,
-    measured: list[str],
+    server_settings: Callable[..., dict[str, str]], tmp_path: Path, measured: list[str]
 ) -> Iterator[Callable[..., Server]]:
-    """serve(method, resident, target) returns a running server and stops the one before it."""
-    running: dict[tuple[str, int, str], Server] = {}
+    """serve(method, resident, target) returns a running server, which ends with the test."""
+    with ExitStack() as stack:
 
-    def start(method: str, resident: int, target: str = "auto") -> Server:
-        key = (method, resident, target)
-        if key not in running:
-            stop()
-            log = tmp_path_factory.mktemp("server") / "server.log"
-            running[key] = Server(server_settings(*key), log).__enter__()
+        def start(method: str, resident: int, target: str = "auto") -> Server:
+            settings = server_settings(method, resident, target)
+            server = stack.enter_context(Server(settings, tmp_path / "server.log"))
             measured.append(
                 f"{method}, {resident} resident experts, target {target}: ready after "
-                f"{running[key].start_seconds:.0f} s, "
-                f"{running[key].memory_bytes() / 2**30:.2f} GiB"
+                f"{server.start_seconds:.0f} s, {server.memory_bytes() / 2**30:.2f} GiB"
             )
-        return running[key]
+            return server
 
-    def stop() -> None:
-        for server in running.values():
-            server.stop()
-        running.clear()
-
-    yield start
-    stop()
+        yield start
 
 
 @pytest.fixture(scope="session")

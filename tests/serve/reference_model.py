@@ -115,13 +115,10 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 
 @torch.no_grad()
-def greedy(model: PreTrainedModel, input_ids: list[int], new_tokens: int) -> list[int]:
-    """The most likely continuation, token by token."""
-    tokens = list(input_ids)
-    for _ in range(new_tokens):
-        logits = model(torch.tensor([tokens])).logits
-        tokens.append(int(logits[0, -1].argmax()))
-    return tokens[len(input_ids) :]
+def most_likely(model: PreTrainedModel, input_ids: list[int], answer: list[int]) -> list[int]:
+    """For each token of ``answer``, the most likely one after all that stands before it."""
+    logits: torch.Tensor = model(torch.tensor([input_ids + answer[:-1]])).logits
+    return logits[0, len(input_ids) - 1 :].argmax(-1).tolist()
 
 
 @torch.no_grad()

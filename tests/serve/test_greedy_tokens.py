@@ -11,52 +11,54 @@ from tests.serve.server import Server
 
 NEW_TOKENS = 24
 MOE_ENDS = (2, 4)
+#: Method and resident experts. 0, 1 and 4 resident experts: each a different sum of resident
+#: experts' own weights and of packed weights, and a scaling factor on only one of the two changes
+#: the tokens.
+CONFIGURATIONS = [("int4", 0), ("int8", 1), ("int4", 4)]
 
 pytestmark = pytest.mark.serve
 
 
-# 0, 1 and 4 resident experts: each a different sum of resident experts' own weights and of packed
-# weights, and a scaling factor on only one of the two changes the tokens.
-@pytest.mark.parametrize(("method", "resident"), [("int4", 0), ("int8", 1), ("int4", 4)])
+@pytest.mark.parametrize("index", range(3), ids=lambda i: "-".join(map(str, CONFIGURATIONS[i])))
 def test_greedy_tokens_are_equal(
-    method: str,
-    resident: int,
+    index: int,
     serve: Callable[..., Server],
     checkpoint: Path,
     packed_weights: Callable[[str], Path],
     prompts: list[list[int]],
     measured: list[str],
 ) -> None:
+    method, resident = CONFIGURATIONS[index]
     server = serve(method, resident, "reference")
     # At the same time, so that prefill and decode batches mix.
     with ThreadPoolExecutor(len(prompts)) as clients:
         answers = list(clients.map(lambda prompt: server.generate(prompt, NEW_TOKENS), prompts))
     served = [answer["output_ids"] for answer in answers]
+    assert {len(tokens) for tokens in served} == {NEW_TOKENS}
     # The first and the last MoE layer were tested before the first request.
     for layer_idx in MOE_ENDS:
         assert f"self-test of layer {layer_idx}: " in server.log.read_text()
+    server.stop()
 
-    model = reference_model.load(checkpoint, packed_weights(method), resident)
-    expected = [reference_model.greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
-    equal = sum(
-        a == b
-        for left, right in zip(served, expected, strict=True)
-        for a, b in zip(left, right, strict=True)
-    )
+    def equal_tokens(method: str, resident: int) -> int:
+        """How many served tokens are those that transformers holds most likely at their place.
+
+        All are if and only if its greedy answer is the served one.
+        """
+        model = reference_model.load(checkpoint, packed_weights(method), resident)
+        return sum(
+            token == likely
+            for prompt, tokens in zip(prompts, served, strict=True)
+            for token, likely in zip(
+                tokens, reference_model.most_likely(model, prompt, tokens), strict=True
+            )
+        )
+
+    equal, total = equal_tokens(method, resident), len(prompts) * NEW_TOKENS
     measured.append(
         f"{method}, {resident} resident experts, float activations: "
-        f"{equal} of {len(prompts) * NEW_TOKENS} greedy tokens equal"
+        f"{equal} of {total} greedy tokens equal"
     )
-    assert served == expected
-
-
-def test_the_reference_tells_the_configurations_apart(
-    checkpoint: Path, packed_weights: Callable[[str], Path], prompts: list[list[int]]
-) -> None:
-    """Otherwise equality would say nothing about the weights each expert used."""
-    answers = set()
-    for method, resident in [("int4", 0), ("int8", 1), ("int4", 4)]:
-        model = reference_model.load(checkpoint, packed_weights(method), resident)
-        tokens = [reference_model.greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
-        answers.add(tuple(map(tuple, tokens)))
-    assert len(answers) == 3
+    assert equal == total
+    # Otherwise equality would say nothing about the weights each expert used.
+    assert equal_tokens(*CONFIGURATIONS[index - 1]) < total
