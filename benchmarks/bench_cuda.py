@@ -10,6 +10,7 @@ two tokens this thread keeps its CPU busy for half a millisecond, as SGLang's sc
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ def layers(size: tuple[int, int, int, int], threads: int) -> list[KTMoEWrapper]:
     torch.manual_seed(1)
 
     def drawn(n: int, k: int) -> torch.Tensor:
-        return (torch.randn(n, k) / k**0.5).to(torch.bfloat16).expand(experts, n, k)
+        return (torch.randn(n, k) / math.sqrt(k)).to(torch.bfloat16).expand(experts, n, k)
 
     weights = drawn(intermediate, hidden), drawn(intermediate, hidden), drawn(hidden, intermediate)
     made = []

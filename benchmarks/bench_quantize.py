@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def run(threads: int, rounds: int) -> dict[str, Any]:
     bits = (weights * 64).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     scales = np.full((ROWS // 128, COLUMNS // 128), 1 / 64, np.float32)
     workers: dict[str, Callable[[], object]] = {
-        method: lambda m=method: _ext.quantize_projection(bits, "fp8_e4m3", scales, m)
+        method: partial(_ext.quantize_projection, bits, "fp8_e4m3", scales, method)
         for method in packed.METHODS
     }
     workers["memory copy"] = bits.copy

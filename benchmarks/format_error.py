@@ -78,8 +78,9 @@ def kernel_output(weights: Weights, x: torch.Tensor, method: str) -> torch.Tenso
         cpuinfer_threads=len(_ext.allowed_cpus()),
         method=packed.SERVED_AS[method],
     )
+    gate, up, down = weights
     wrapper.load_weights_from_tensors(
-        *(w[None] for w in weights), torch.zeros(1, dtype=torch.int64), method
+        gate[None], up[None], down[None], torch.zeros(1, dtype=torch.int64), method
     )
     ids = torch.zeros(len(x), 1, dtype=torch.int32)
     return wrapper.forward(x, ids, torch.ones(len(x), 1), 0)
@@ -91,7 +92,8 @@ def main() -> None:
     for kind in KINDS:
         rng = np.random.default_rng(11)
         gate, up = (draw(kind, INTERMEDIATE, HIDDEN, rng) for _ in range(2))
-        weights = (gate, up, draw(kind, HIDDEN, INTERMEDIATE, rng))
+        down = draw(kind, HIDDEN, INTERMEDIATE, rng)
+        weights = gate, up, down
         x = torch.from_numpy(rng.standard_normal((TOKENS, HIDDEN)).astype(np.float32))
         if kind.endswith("outliers"):
             x[:, rng.choice(HIDDEN, OUTLIER_CHANNELS, replace=False)] *= OUTLIER_FACTOR
@@ -102,8 +104,8 @@ def main() -> None:
             frobenius = (packed_weight - gate).norm() / gate.norm()  # noqa: B023
             print(f"| {kind} | {name} | {bits:.3f} | {error:.4f} | {frobenius:.4f} |", flush=True)  # noqa: B023
 
-        rows4 = tuple(per_row_int4(w) for w in weights)
-        row("per row, 4 bit", 4.0, expert(rows4, x), rows4[0])  # type: ignore[arg-type]
+        rows4 = per_row_int4(gate), per_row_int4(up), per_row_int4(down)
+        row("per row, 4 bit", 4.0, expert(rows4, x), rows4[0])
         for method in packed.METHODS:
             bits = packed.PackedLayout(256, HIDDEN, INTERMEDIATE, method).bits_per_weight()
             row(method, bits, kernel_output(weights, x, method), through_packed(method)(gate))

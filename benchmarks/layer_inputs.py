@@ -74,4 +74,5 @@ def swiglu_expert(x: Floats, gate: Floats, up: Floats, down: Floats) -> Floats:
     """(silu(x gate^T) * (x up^T)) down^T, in float."""
     a = x @ gate.T
     silu = a * (0.5 + 0.5 * np.tanh(0.5 * a))  # does not overflow, as a / (1 + exp(-a)) would
-    return (silu * (x @ up.T)) @ down.T
+    output: Floats = (silu * (x @ up.T)) @ down.T
+    return output

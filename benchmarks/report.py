@@ -53,7 +53,7 @@ def load(path: Path) -> Json:
     except ValueError:
         raise BenchmarkError(f"{path} is not JSON: expected a file of bench_moe --json") from None
     found = result.get("schema") if isinstance(result, dict) else None
-    if found != SCHEMA:
+    if not isinstance(result, dict) or found != SCHEMA:
         raise BenchmarkError(
             f"{path} has schema {found}, expected {SCHEMA}: run bench_moe --json again"
         )
@@ -126,7 +126,7 @@ def _render_run(run: Json) -> list[str]:
 
 
 def _is_ours(row: Json) -> bool:
-    return row["key"].startswith("ours-")
+    return bool(row["key"].startswith("ours-"))
 
 
 def _bold(row: Json, text: str) -> str:

@@ -87,7 +87,8 @@ class Worker:
                     raise WorkerFailed(self._why_it_died())
                 self._buffer += data
         line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def _why_it_died(self) -> str:
         code = self._process.returncode

@@ -69,7 +69,8 @@ class Upstream:
     def bind(self, x: Bf16, ids: NDArray[np.int64], weights: Floats) -> Call:
         output = np.empty_like(x)
         tokens = np.array([len(x)], np.int32)
-        ids, weights, x = (np.ascontiguousarray(a) for a in (ids, weights, x))
+        ids, weights = np.ascontiguousarray(ids), np.ascontiguousarray(weights)
+        x = np.ascontiguousarray(x)
 
         def run() -> None:
             addresses = [a.ctypes.data for a in (ids, weights, x, output)]
@@ -88,17 +89,18 @@ def _load_extension(folder: Path) -> tuple[Any, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
-        return module.initialize()
+        extension, build = module.initialize()
     except ImportError as error:
         raise Unavailable(f"its extension does not load: {error}") from None
+    return extension, build
 
 
-def _tiled(parts: list[NDArray], experts: int) -> NDArray:
+def _tiled(parts: list[NDArray[Any]], experts: int) -> NDArray[Any]:
     """[experts, ...] with a copy of its own for each expert."""
     return np.stack([parts[e % len(parts)] for e in range(experts)])
 
 
-def _fill_bf16(config: Any, job: Job) -> list[NDArray]:
+def _fill_bf16(config: Any, job: Job) -> list[NDArray[Any]]:
     """Quantised by kt-kernel when it loads, as its converter does."""
     held = []
     for projection in PROJECTIONS:
@@ -108,7 +110,7 @@ def _fill_bf16(config: Any, job: Job) -> list[NDArray]:
     return held
 
 
-def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray]:
+def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray[Any]]:
     held = []
     for projection in PROJECTIONS:
         parts = [quantise(job.source_floats(projection, i)) for i in range(job.num_sources)]
@@ -120,14 +122,14 @@ def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray]:
     return held
 
 
-def _fill_int4(config: Any, job: Job) -> list[NDArray]:
+def _fill_int4(config: Any, job: Job) -> list[NDArray[Any]]:
     config.quant_config.bits = 4
     config.quant_config.group_size = _INT4_GROUP
     config.quant_config.zero_point = False
     return _fill_quantised(config, job, _quantise_int4)
 
 
-def _quantise_int4(weights: Floats) -> tuple[NDArray, NDArray]:
+def _quantise_int4(weights: Floats) -> tuple[NDArray[Any], NDArray[Any]]:
     """Round to nearest in groups of 32 along K: two codes + 8 to a byte, bf16 scales."""
     n, k = weights.shape
     groups = weights.reshape(n, k // _INT4_GROUP, _INT4_GROUP)
@@ -138,14 +140,14 @@ def _quantise_int4(weights: Floats) -> tuple[NDArray, NDArray]:
     return codes[:, ::2] | codes[:, 1::2] << 4, bits
 
 
-def _fill_fp8(config: Any, job: Job) -> list[NDArray]:
+def _fill_fp8(config: Any, job: Job) -> list[NDArray[Any]]:
     config.quant_config.bits = 8
     config.quant_config.group_size = _FP8_BLOCK
     config.quant_config.zero_point = False
     return _fill_quantised(config, job, _quantise_fp8)
 
 
-def _quantise_fp8(weights: Floats) -> tuple[NDArray, NDArray]:
+def _quantise_fp8(weights: Floats) -> tuple[NDArray[Any], NDArray[Any]]:
     """e4m3 in 128 x 128 blocks with power-of-two scales: how V3.2's checkpoint stores them."""
     import torch
 

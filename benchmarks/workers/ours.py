@@ -72,7 +72,7 @@ class Ours:
 def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
     """A layer file whose experts are packed copies of the sources."""
 
-    def pack(projection: str, index: int) -> dict[str, NDArray]:
+    def pack(projection: str, index: int) -> dict[str, NDArray[Any]]:
         weight = np.ascontiguousarray(job.source(projection)[index])
         return _ext.quantize_projection(weight, "bf16", None, layout.method)
 

@@ -65,7 +65,8 @@ class Job:
 
     def source(self, projection: str) -> Bf16:
         """bf16 bits [S, N, K] of one projection, mapped from the file."""
-        return np.load(Path(self.sources) / f"{projection}.npy", mmap_mode="r")
+        bits: Bf16 = np.load(Path(self.sources) / f"{projection}.npy", mmap_mode="r")
+        return bits
 
     @property
     def num_sources(self) -> int:
@@ -109,7 +110,8 @@ def choose_experts(
 ) -> NDArray[np.int64]:
     """[tokens, TOP_K] ids: distinct ones of ``experts`` for each token."""
     order = rng.random((tokens, len(experts))).argsort(axis=1)[:, :TOP_K]
-    return experts[order]
+    ids: NDArray[np.int64] = experts[order]
+    return ids
 
 
 def relative_error(output: Floats, expected: Floats) -> float:
