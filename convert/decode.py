@@ -14,7 +14,8 @@ def decode_fp8_e4m3(bits: np.ndarray) -> np.ndarray:
     )
     magnitude[(codes & 0x7F) == 0x7F] = np.nan
     table = np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
-    return table[bits]
+    decoded: np.ndarray = table[bits]
+    return decoded
 
 
 def decode_float(bits: np.ndarray, dtype: str) -> np.ndarray:

@@ -47,7 +47,8 @@ def source_weights(checkpoint: Checkpoint, item: ExpertProjection, input_type: s
     rows, columns = bits.shape
     scale = checkpoint.read(names[1])
     scale = scale.repeat(FP8_BLOCK[0], axis=0)[:rows].repeat(FP8_BLOCK[1], axis=1)[:, :columns]
-    return decode_fp8_e4m3(bits) * scale
+    weights: np.ndarray = decode_fp8_e4m3(bits) * scale
+    return weights
 
 
 def relative_error(values: np.ndarray, reference: np.ndarray) -> float:

@@ -46,7 +46,7 @@ class Config:
 
     def is_auto(self, name: str) -> bool:
         """Whether the program is to choose the value."""
-        return self.values[name] == AUTO
+        return bool(self.values[name] == AUTO)
 
 
 def load(

@@ -214,7 +214,7 @@ class GpuSizes:
         requests = requests or DEFAULT_REQUESTS
         context = self.config["max_position_embeddings"]
         heads = self._get("num_attention_heads") / self.gpus
-        size = CONTEXT_BYTES
+        size: float = CONTEXT_BYTES
         size += chunk * self._activation(values["KT_NUM_GPU_EXPERTS"])
         size += requests * context * 4  # the table of each request's tokens
         size += 2 * requests * self._get("vocab_size") * FP32  # logits and probabilities

@@ -72,7 +72,7 @@ class Needs:
         """Main memory to serve with these settings."""
         share = 1 - min(values["KT_NUM_GPU_EXPERTS"], self.experts) / self.experts
         in_cpu_mode = values["KT_DEVICE"] == "cpu"
-        needed = self.weights(values) * (1 if in_cpu_mode else share)
+        needed: float = self.weights(values) * (1 if in_cpu_mode else share)
         needed += self.scratch_per_token * values["KT_CHUNKED_PREFILL_SIZE"] + SERVER_BYTES
         if in_cpu_mode:  # everything is here, and FP8 becomes bf16
             needed += 2 * self.resident + self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)

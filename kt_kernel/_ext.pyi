@@ -1,5 +1,7 @@
 """Python signatures of the extension (csrc/bindings)."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,7 +44,7 @@ def quantize_projection(
     scale_inv: NDArray[np.float32] | None,
     method: str,
     target: str = "",
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """Pack one projection [N, K] of one expert; single-threaded, releases the GIL.
 
     Args:

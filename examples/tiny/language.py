@@ -60,4 +60,5 @@ def follower_head(embedding: np.ndarray) -> np.ndarray:
     total = np.zeros(vocab)
     np.add.at(total, second, strength**2)
     fourth_root = np.sqrt(np.sqrt(np.maximum(1.0, total)))
-    return head / (fourth_root * np.sqrt(fourth_root))[:, None]
+    scaled: np.ndarray = head / (fourth_root * np.sqrt(fourth_root))[:, None]
+    return scaled

@@ -107,7 +107,8 @@ class Moe(nn.Module):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         chosen = torch.cat(outputs)[back].view(*ids.shape, -1)
         routed = (weights[:, None] @ chosen).squeeze(1)
-        return (routed + self.shared(x)).view(shape)
+        output: Tensor = routed + self.shared(x)
+        return output.view(shape)
 
 
 class Attention(nn.Module):
@@ -181,7 +182,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.mlp(self.mlp_norm(x))
+        output: Tensor = x + self.mlp(self.mlp_norm(x))
+        return output
 
 
 class TinyModel(nn.Module):
@@ -203,11 +205,13 @@ class TinyModel(nn.Module):
         x = functional.embedding(tokens, self.embedding)
         for layer in self.layers:
             x = layer(x, rotation)
-        return self.norm(x)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
     def logits(self, tokens: Tensor) -> Tensor:
         """float32 [B, T, vocabulary]."""
-        return self(tokens) @ self.head.t()
+        logits: Tensor = self(tokens) @ self.head.t()
+        return logits
 
     @property
     def decoder_layers(self) -> list[Layer]:

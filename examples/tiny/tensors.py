@@ -145,7 +145,8 @@ def noise(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     for shift in (0, 16, 32, 48):
         total += ((bits >> np.uint64(shift)) & np.uint64(0xFFFF)).astype(np.int64)
     # Each term is uniform on 0..65535: mean 32767.5, variance (2**32 - 1) / 12.
-    return ((total - 4 * 32767.5) / np.sqrt((2.0**32 - 1) / 3)).reshape(shape)
+    values: np.ndarray = (total - 4 * 32767.5) / np.sqrt((2.0**32 - 1) / 3)
+    return values.reshape(shape)
 
 
 def tensor_value(spec: TensorSpec, seed: int) -> np.ndarray:
