@@ -145,7 +145,9 @@ def ask(url: str, model: str, prompts: Sequence[Prompt], output: Path) -> list[R
                 f"{url} refuses ({error.response.status_code}): {error.response.text[:300]}"
             ) from None
         except httpx.HTTPError as error:
-            raise BenchmarkError(f"{url} does not answer: {error or type(error)}") from None
+            raise BenchmarkError(
+                f"{url} does not answer: {str(error) or type(error).__name__}"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
     return [done[prompt.id] for prompt in prompts]

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import httpx
 import pytest
 import torch
 
+from benchmarks import quality
 from benchmarks.errors import BenchmarkError
 from benchmarks.format_error import per_row_int4
 from benchmarks.quality import (
@@ -145,6 +147,15 @@ def test_bad_input_is_one_clear_error(
     refused, absent = capsys.readouterr().err.splitlines()
     assert refused.startswith(f"error: {url} refuses (503)")
     assert absent.startswith("error: http://127.0.0.1:1 does not answer")
+
+
+def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ask_one(*_: object) -> Result:
+        raise httpx.ReadTimeout("")
+
+    monkeypatch.setattr(quality, "ask_one", ask_one)
+    with pytest.raises(BenchmarkError, match=r"does not answer: ReadTimeout$"):
+        ask("http://127.0.0.1:1", "m", PROMPTS, tmp_path / "results.jsonl")
 
 
 def test_per_row_int4_has_15_levels_a_row() -> None:
