@@ -88,7 +88,7 @@ def worker_pool(threads: int, nodes: int) -> ThreadPoolExecutor:
 
 
 def run_all(
-    pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], None]], stop: StopRequest
+    pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], object]], stop: StopRequest
 ) -> None:
     """Run all tasks and wait for them; after the first failure no further task is started.
 
@@ -102,7 +102,7 @@ def run_all(
 
     failed = threading.Event()
 
-    def guarded(task: Callable[[], None]) -> None:
+    def guarded(task: Callable[[], object]) -> None:
         if failed.is_set():
             return
         try:

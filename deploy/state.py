@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from deploy.progress import gigabytes
 from deploy.report import say
@@ -259,9 +260,9 @@ class StageState:
             stop.set()
             thread.join()
 
-    def _write(self, **changes: object) -> None:
+    def _write(self, **changes: Any) -> None:
         with self._lock:
-            self._state = replace(self._state, updated=time.time(), **changes)  # type: ignore[arg-type]
+            self._state = replace(self._state, updated=time.time(), **changes)
             if self._silent:
                 return
             try:

@@ -203,10 +203,10 @@ class Hub(ThreadingHTTPServer):
             with self._counting:
                 print(line, file=self._log, flush=True)
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore clients that went away (tests kill them); report anything else."""
         if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            super().handle_error(request, client_address)
 
     def __enter__(self) -> Hub:
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)

@@ -107,6 +107,7 @@ def test_a_missing_keyword_is_noticed(sites: CallSites) -> None:
 
             def without_keyword() -> None: ...
 
+            # inspect reads this attribute, which functions do not have.
             without_keyword.__signature__ = ours.replace(  # type: ignore[attr-defined]
                 parameters=[p for p in ours.parameters.values() if p.name != keyword]
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ SCALE = GATE + "_scale_inv"
 SHARD = "model-00002-of-00003.safetensors"
 
 
-def change(fake: FakeCheckpoint, name: str, **changes: object) -> None:
+def change(fake: FakeCheckpoint, name: str, **changes: Any) -> None:
     """Replace the dtype, shape or data of a tensor."""
     dtype, shape, data = fake.tensors[name]
-    fake.tensors[name] = (  # type: ignore[assignment]
+    fake.tensors[name] = (
         changes.get("dtype", dtype),
         changes.get("shape", shape),
         changes.get("data", data),

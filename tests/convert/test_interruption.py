@@ -79,7 +79,9 @@ def test_kill_the_real_command_at_random_moments(
     process = start_convert(*convert_argv(larger_source, tmp_path / "whole"))
     out, err = process.communicate(timeout=120)
     assert err == ""
-    layer_seconds = float(re.search(r" in (\S+) s, ", out)[1])  # type: ignore[index]
+    layer = re.search(r" in (\S+) s, ", out)
+    assert layer is not None
+    layer_seconds = float(layer[1])
     rng = random.Random(20251123)
     output = tmp_path / "out"
     kills = 0

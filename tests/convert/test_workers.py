@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_workers_are_spread_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(workers, "node_cpus", lambda: [{0}, {1}, {2}])
     everyone = threading.Barrier(4)
     with worker_pool(4, nodes=2) as pool:
-        run_all(pool, [lambda: everyone.wait(10)] * 4, StopRequest())  # type: ignore[list-item]
+        run_all(pool, [lambda: everyone.wait(10)] * 4, StopRequest())
     assert sorted(map(sorted, bound)) == [[0], [0], [1], [1]]
     bound.clear()
     with worker_pool(2, nodes=1) as pool:
@@ -75,7 +76,7 @@ def test_run_all_starts_nothing_after_a_failure() -> None:
             raise KeyError("two")
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyError, match="two"):
-        run_all(pool, [lambda n=n: task(n) for n in range(100)], StopRequest())  # type: ignore[misc]
+        run_all(pool, [partial(task, n) for n in range(100)], StopRequest())
     assert ran == [0, 1, 2]
 
 
@@ -106,6 +107,6 @@ def test_run_all_stops_on_request() -> None:
             stop.signum = signal.SIGTERM
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(Stopped) as stopped:
-        run_all(pool, [lambda n=n: task(n) for n in range(50)], stop)  # type: ignore[misc]
+        run_all(pool, [partial(task, n) for n in range(50)], stop)
     assert ran == [0, 1, 2, 3]
     assert stopped.value.signum == signal.SIGTERM

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,11 @@ def start_hub(tmp_path: Path) -> Iterator[Callable[..., LocalHub]]:
     """Start a hub with a repository of ``shards`` files of ``shard_bytes``."""
     with ExitStack() as stack:
 
-        def start(shards: int = 4, shard_bytes: int = 300_000, **options: object) -> LocalHub:
+        def start(shards: int = 4, shard_bytes: int = 300_000, **options: Any) -> LocalHub:
             folder = tmp_path / "hub" / REPO_ID
             needed = write_repository(folder, shards, shard_bytes)
             log = io.StringIO()
-            chosen = HubOptions(**options)  # type: ignore[arg-type]
+            chosen = HubOptions(**options)
             hub = stack.enter_context(Hub(tmp_path / "hub", options=chosen, log=log))
             return LocalHub(hub.endpoint, folder, needed, chosen, log, hub)
 

@@ -12,6 +12,7 @@ import pytest
 from deploy.argv import convert_command, serve_command
 from deploy.config import load
 from deploy.machine import Machine
+from deploy.setting import Setting
 from deploy.settings import TABLE, commanded
 from kt_kernel.errors import UserError
 from tests.entrypoint.helpers import H200, L20, LAPTOP, REPOSITORY, run, with_gpu
@@ -88,14 +89,14 @@ def test_every_added_flag_can_be_turned_off() -> None:
 
 
 @pytest.mark.parametrize("setting", [s for s in TABLE if s.adds], ids=lambda s: s.name)
-def test_added_flags_are_what_the_docs_say(setting: object) -> None:
+def test_added_flags_are_what_the_docs_say(setting: Setting) -> None:
     """Each documented flag appears in at least one situation, as written."""
     commands = [
         serve(LAPTOP),
         serve(with_gpu(L20)),
         serve(with_gpu(L20), KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale"),
     ]
-    documented = shlex.split(setting.adds)  # type: ignore[attr-defined]
+    documented = shlex.split(setting.adds)
     assert any(
         argv[i : i + len(documented)] == documented for argv in commands for i in range(len(argv))
     )

@@ -38,10 +38,9 @@ class KTEPWrapperMethod:
 def sglang_modules() -> Iterator[ModuleType]:
     """The two SGLang modules the checks read, small."""
     wrapper = ModuleType("sglang.srt.layers.moe.kt_ep_wrapper")
-    wrapper.KTRANSFORMERS_AVAILABLE = True  # type: ignore[attr-defined]
-    wrapper.KTEPWrapperMethod = KTEPWrapperMethod  # type: ignore[attr-defined]
+    vars(wrapper).update(KTRANSFORMERS_AVAILABLE=True, KTEPWrapperMethod=KTEPWrapperMethod)
     layer = ModuleType("sglang.srt.layers.moe.fused_moe_triton.layer")
-    layer.FusedMoE = FusedMoE  # type: ignore[attr-defined]
+    vars(layer).update(FusedMoE=FusedMoE)
     modules = {wrapper.__name__: wrapper, layer.__name__: layer}
     for name in list(modules):
         parents = name.split(".")[:-1]

@@ -16,9 +16,7 @@ from kt_kernel.sglang_plugin.hooks import HOOKS, Hook, active_hooks, check, is_i
 @pytest.fixture
 def target_module() -> Iterator[types.ModuleType]:
     module = types.ModuleType("hook_target")
-    module.function = lambda: 1  # type: ignore[attr-defined]
-    module.TABLE = {"a": 1}  # type: ignore[attr-defined]
-    module.not_a_table = 3  # type: ignore[attr-defined]
+    vars(module).update(function=lambda: 1, TABLE={"a": 1}, not_a_table=3)
     sys.modules["hook_target"] = module
     yield module
     del sys.modules["hook_target"]

@@ -43,6 +43,7 @@ class Context:
 def test_the_first_failure_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     context = Context()
     with caplog.at_level(logging.CRITICAL):
+        # What it needs of the extension's class.
         watch(context, limit=5, interval=0)  # type: ignore[arg-type]
     assert context.limits == [5, 5]
     assert "layer 3: not finished after 5 s: outputs are NaN from here on" in caplog.text
