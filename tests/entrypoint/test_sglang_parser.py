@@ -25,6 +25,8 @@ from examples.tiny.make_checkpoint import make_checkpoint
 from kt_kernel.sglang_plugin import launch_environment
 from tests.entrypoint.helpers import L20, LAPTOP, REPOSITORY, clean_environment, with_gpu
 
+pytestmark = pytest.mark.slow
+
 ASK_SGLANG = """
 import argparse, contextlib, json, sys
 from sglang.srt.server_args import ServerArgs, prepare_server_args

@@ -14,6 +14,8 @@ from examples.tiny.config import TinySizes
 from examples.tiny.tasks import chat
 from examples.tiny.tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.slow
+
 # In a process of its own: importing SGLang registers classes with transformers for good.
 ASK_SGLANG = """
 import json, sys

@@ -31,6 +31,7 @@ def test_checkpoint_holds_every_published_tensor() -> None:
     assert TinySizes() != SIZES, "otherwise the random checkpoint's tests would be enough"
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_recipe() -> None:
     """One question more or less, as sums are added in another order elsewhere."""
     found = scores(CHECKPOINT, recipe()["facts"])

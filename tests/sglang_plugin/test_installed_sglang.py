@@ -8,10 +8,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kt_kernel.sglang_plugin import launch_environment
 from kt_kernel.sglang_plugin.hooks import HOOKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = """
 import json, sys
