@@ -17,6 +17,7 @@ from tests.docker.project import CPU, Project, watched
 SMALL = {"MEMLOCK": "65536", "HEALTH_INTERVAL": "3s", "SHM_SIZE": "512m"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:

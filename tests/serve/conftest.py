@@ -14,6 +14,7 @@ from examples.tiny.make_checkpoint import make_checkpoint
 from tests.serve.server import REPOSITORY, Server
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
