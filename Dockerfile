@@ -34,7 +34,7 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
 
 # ---- build: the wheel of this project ------------------------------------------------------------
 FROM tools AS build
-COPY CMakeLists.txt pyproject.toml README.md ./
+COPY CMakeLists.txt LICENSE README.md pyproject.toml ./
 COPY csrc csrc
 COPY kt_kernel kt_kernel
 COPY convert convert
