@@ -60,7 +60,8 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
 # ---- runtime: no compiler, no pip, no cache, no root ---------------------------------------------
 FROM packages AS runtime
 ARG REVISION=unknown
-ARG VERSION=0.1.0
+# pyproject.toml has the version; `make image` gives it for the label, and another one is refused.
+ARG VERSION=unknown
 LABEL org.opencontainers.image.title="DeepSeek V3.2 on one GPU host" \
       org.opencontainers.image.description="Stock SGLang with the experts on the CPU: download, convert, serve" \
       org.opencontainers.image.version="${VERSION}" \
@@ -69,6 +70,9 @@ RUN --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
     --mount=type=bind,from=build,source=/wheels,target=/wheels \
     /opt/build/bin/uv pip install --quiet --no-cache --no-deps --no-index --compile-bytecode \
       --python /opt/venv/bin/python /wheels/*.whl \
+    && installed=$(python -c 'import kt_kernel; print(kt_kernel.__version__)') \
+    && case "$VERSION" in unknown|"$installed") ;; \
+         *) echo "error: VERSION is $VERSION, but the package is $installed" >&2; exit 2 ;; esac \
     && groupadd --gid 10001 kt \
     && useradd --uid 10001 --gid kt --home-dir /home/kt --create-home --shell /usr/sbin/nologin kt \
     && install -d -o kt -g kt /models /weights /cache \

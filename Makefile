@@ -87,7 +87,8 @@ compose-there:
 	@$(if $(HAS_COMPOSE),,echo "error: 'docker compose' does not run here: install Docker Engine 20.10 and Compose 2.24 or later, or run the stages on the host (make download, convert, serve)" >&2; exit 2)
 
 image: ## build the image of all stages, and the router's with WITH=replicas
-	REVISION=$$(git rev-parse --short HEAD) $(COMPOSE) build serve $(if $(filter replicas,$(WITH)),router)
+	REVISION=$$(git rev-parse --short HEAD) IMAGE_VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
+	  $(COMPOSE) build serve $(if $(filter replicas,$(WITH)),router)
 
 # The tests run while it is built; the image itself is of no use.
 image-test: ## test the kernels on the wheel, in the image's own Python

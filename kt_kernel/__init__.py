@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from kt_kernel.masks import generate_gpu_experts_masks
     from kt_kernel.wrapper import KTMoEWrapper
 
+    __version__: str
+
 __all__ = ["KTMoEWrapper", "__version__", "generate_gpu_experts_masks"]
 
-__version__ = "0.1.0"
+#: Name of this package among the installed ones; pyproject.toml has its version.
+DISTRIBUTION = "kt-kernel-stock-sglang"
 
 
 def __getattr__(name: str) -> Any:
@@ -26,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from kt_kernel.masks import generate_gpu_experts_masks
 
         return generate_gpu_experts_masks
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version(DISTRIBUTION)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

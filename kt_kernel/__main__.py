@@ -7,8 +7,7 @@ import platform
 import sys
 from collections import defaultdict
 
-import kt_kernel
-from kt_kernel import _ext
+from kt_kernel import DISTRIBUTION, _ext
 from kt_kernel.engine import target_name
 from kt_kernel.errors import UserError
 
@@ -44,7 +43,7 @@ def main() -> int:
         "CPU": _ext.cpu_brand(),
         "features": " ".join(name for name, present in _ext.cpu_features() if present),
         "NUMA (usable)": _nodes(),
-        "kt_kernel": kt_kernel.__version__,
+        "kt_kernel": _version(DISTRIBUTION),
         "sglang": _version("sglang"),
         "torch": _version("torch"),
         "Python": platform.python_version(),

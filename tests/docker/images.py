@@ -11,10 +11,12 @@ import signal
 import ssl
 import sys
 import time
+import tomllib
 from urllib.parse import urlsplit
 
 from tests.docker.engine import (
     KEEP,
+    REPOSITORY,
     Engine,
     EngineUnavailable,
     debian_uris,
@@ -25,6 +27,7 @@ from tests.docker.engine import (
 )
 from tests.docker.project import CPU, Project
 
+PYPROJECT = REPOSITORY / "pyproject.toml"
 BASE_IMAGE = "local/debian:bookworm"
 NAMES = {
     "IMAGE": "tests/runtime:local",
@@ -48,6 +51,8 @@ def build_variables(engine: Engine) -> dict[str, str]:
         "BASE_IMAGE": BASE_IMAGE,
         "APT_MIRROR": f"{mirror.scheme}://{mirror.netloc}",
         "PIP_CONF_FILE": str(pip_conf),
+        # By the file: CI builds the images before this package is installed.
+        "IMAGE_VERSION": tomllib.loads(PYPROJECT.read_text())["project"]["version"],
         **({"CA_BUNDLE_FILE": bundle} if bundle else {}),
     }
 

@@ -10,6 +10,7 @@ from ipaddress import ip_network
 
 import httpx
 
+import kt_kernel
 from tests.docker.project import Project, watched
 
 MODEL = "DeepSeek-V3.2"
@@ -167,7 +168,7 @@ def test_nothing_of_the_build_network_stays(
     image = stack.client.images.get(stack.variables["IMAGE"])
     labels = image.labels
     assert labels["org.opencontainers.image.title"]
-    assert labels["org.opencontainers.image.version"]
+    assert labels["org.opencontainers.image.version"] == kt_kernel.__version__
     configuration = json.dumps(image.attrs["Config"])
     assert build_variables["APT_MIRROR"] not in configuration
     found = stack.container("serve").exec_run(
