@@ -82,6 +82,8 @@ ENV HOME=/cache XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton HF_HOME=/ca
     SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false
 WORKDIR /app
 COPY entrypoint.py /app/entrypoint.py
+RUN --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
+    python /run/licences.py > /app/licences.txt
 USER 10001:10001
 EXPOSE 30000
 ENTRYPOINT ["python", "/app/entrypoint.py"]
@@ -104,8 +106,10 @@ HEALTHCHECK --interval=5s --timeout=5s --retries=12 \
 FROM runtime AS gpu
 USER 0:0
 RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
+    --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
     --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
-    sh /run/apt-install.sh g++ python3-dev
+    sh /run/apt-install.sh g++ python3-dev \
+    && python /run/licences.py > /app/licences.txt
 USER 10001:10001
 
 # ---- test: the kernel's tests on the wheel, in the Python and the libc that will run it ----------
@@ -138,6 +142,8 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
        --python /opt/venv/bin/python --require-hashes -r /tmp/router.txt \
     && rm /tmp/router.txt
 COPY docker/router.sh /app/router.sh
+RUN --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
+    python /run/licences.py > /app/licences.txt
 USER 10001:10001
 EXPOSE 30000
 ENTRYPOINT ["sh", "/app/router.sh"]

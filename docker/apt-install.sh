@@ -20,4 +20,7 @@ apt-get -o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$sources/par
 apt-get -qq install -y --no-install-recommends "$@" >/dev/null
 apt-get clean
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old \
-  /var/log/apt /var/log/dpkg.log /var/log/alternatives.log /usr/share/doc/* /usr/share/man/*
+  /var/log/apt /var/log/dpkg.log /var/log/alternatives.log /usr/share/man/*
+# Of the documentation the licences stay, with the links of packages that share a folder.
+find /usr/share/doc -mindepth 2 ! -type d ! -name copyright -delete
+find /usr/share/doc -mindepth 1 -type d -empty -delete

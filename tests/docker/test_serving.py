@@ -152,6 +152,18 @@ def test_the_image_has_no_compiler_and_no_installer(stack: Project) -> None:
     assert "_Packages" not in listing
 
 
+def test_the_image_lists_the_licences_of_what_it_ships(stack: Project) -> None:
+    lines = stack.container("serve").exec_run("cat /app/licences.txt").output.decode().splitlines()
+    assert any(
+        line.startswith(f"kt-kernel-stock-sglang {kt_kernel.__version__}: Apache-2.0; ")
+        for line in lines
+    )
+    assert any(line.startswith("sglang ") for line in lines)
+    # What apt installs in the build keeps its copyright file.
+    (libnuma,) = [line for line in lines if line.startswith("libnuma1 ")]
+    assert libnuma.endswith(": /usr/share/doc/libnuma1/copyright")
+
+
 def test_what_was_pruned_is_not_missed(stack: Project) -> None:
     """The packages that docker/prune.sh takes files from, as far as they load without a GPU."""
     code = "import cutlass.cute, pandas, pyarrow.dataset, scipy.stats, torch, triton.profiler"
