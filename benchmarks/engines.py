@@ -46,12 +46,12 @@ ENGINES = (
     EngineSpec("ours-int4-4x8", "ours INT4, 4 x 8", "ours", "int4-4x8", 4),
     EngineSpec("kt-amxint4", "kt-kernel AMXINT4", "kt_upstream", "AMXINT4", 4, _KT),
     EngineSpec("kt-rawint4", "kt-kernel RAWINT4", "kt_upstream", "RAWINT4", 4, _KT),
-    EngineSpec("ggml-q4_k", "llama.cpp q4_K", "ggml", "q4_K", 4, _LLAMA),
-    EngineSpec("ggml-q4_0", "llama.cpp q4_0", "ggml", "q4_0", 4, _LLAMA),
+    EngineSpec("ggml-q4_k", "mainline llama.cpp q4_K", "ggml", "q4_K", 4, _LLAMA),
+    EngineSpec("ggml-q4_0", "mainline llama.cpp q4_0", "ggml", "q4_0", 4, _LLAMA),
     EngineSpec("ours-int8", "ours INT8", "ours", "int8", 8),
     EngineSpec("kt-amxint8", "kt-kernel AMXINT8", "kt_upstream", "AMXINT8", 8, _KT),
     EngineSpec("kt-fp8", "kt-kernel FP8", "kt_upstream", "FP8", 8, _KT),
-    EngineSpec("ggml-q8_0", "llama.cpp q8_0", "ggml", "q8_0", 8, _LLAMA),
+    EngineSpec("ggml-q8_0", "mainline llama.cpp q8_0", "ggml", "q8_0", 8, _LLAMA),
     EngineSpec(
         "dense", "dense int8 product (oneDNN)", "onednn", "int8", 8, min_tokens=128, checked=False
     ),

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
 from benchmarks.limits import Limits
 from benchmarks.plot import roofline
@@ -36,6 +37,9 @@ _ISA_NAMES = {
     "amx": "AMX",
     "amx_loaded": "AMX with operands loaded from cache",
 }
+
+#: An engine is called what it is called today, whenever its results were taken.
+_LABELS = {engine.key: engine.label for engine in ENGINES}
 
 Json = dict[str, Any]
 
@@ -57,6 +61,9 @@ def load(path: Path) -> Json:
         raise BenchmarkError(
             f"{path} has schema {found}, expected {SCHEMA}: run bench_moe --json again"
         )
+    for run in result["runs"]:
+        for row in run["engines"]:
+            row["label"] = _LABELS.get(row["key"], row["label"])
     return result
 
 

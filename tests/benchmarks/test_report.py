@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
 
 
@@ -146,6 +147,16 @@ def test_a_file_that_is_not_a_result_is_one_clear_error(
         path.write_text(content)
     with pytest.raises(BenchmarkError, match=message):
         report.load(path)
+
+
+def test_engines_have_todays_names(tmp_path: Path) -> None:
+    result = copy.deepcopy(RESULT)
+    result["runs"][0]["engines"][1] |= {"key": ENGINES[2].key, "label": "its name back then"}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = report.render([report.load(tmp_path / "result.json")])
+    assert f"| {ENGINES[2].label} | 16.5 ms" in text
+    assert "back then" not in text
+    assert "- rival Y:" in text  # no engine of ours
 
 
 def test_the_document_shows_what_its_result_files_say() -> None:
