@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--quant-method", choices=list(METHODS), default="int4",
-        help="int4 (4.13 bits for each weight) and int4-4x8 (4.26 bits, more accurate) are served "
+        help="int4 (4.13 bits for each weight) and int4-4x8 (4.25 bits, more accurate) are served "
         "with --kt-method AMXINT4, int8 with AMXINT8 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -266,7 +266,7 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting(
         "KT_QUANT_METHOD", Choice(("int4", "int4-4x8", "int8")), "int4",
-        "Type of the packed weights. `int4` has 4.13 bits for each weight; `int4-4x8` has 4.26, "
+        "Type of the packed weights. `int4` has 4.13 bits for each weight; `int4-4x8` has 4.25, "
         "which is 10 GB more for V3.2, and is more accurate; both are served with "
         "`KT_METHOD=AMXINT4`.",
         CONVERT, ("convert", "check"), (Flag("convert", "--quant-method", (), 4),), tutorial="int4",

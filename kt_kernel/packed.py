@@ -22,7 +22,7 @@ MANIFEST_NAME = "manifest.json"
 
 #: Quantisation method of the packed files -> ``--kt-method`` of SGLang that serves it. The two int4
 #: methods differ in the weights that share a table: 4 rows x 16 k (4.13 bits for each weight) or
-#: 4 x 8 (4.26 bits, more accurate).
+#: 4 x 8 (4.25 bits, more accurate).
 SERVED_AS = {"int4": "AMXINT4", "int4-4x8": "AMXINT4", "int8": "AMXINT8"}
 METHODS = tuple(SERVED_AS)
 #: ``--kt-method`` -> the method that it stands for where no file says which.
