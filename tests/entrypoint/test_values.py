@@ -21,6 +21,8 @@ from deploy.value_types import (
     ShellWords,
     ValueType,
 )
+from kt_kernel import _ext
+from kt_kernel.packed import KT_METHODS, METHODS
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,15 @@ def test_every_default_and_tutorial_value_is_valid(setting: Any) -> None:
     assert setting.help.endswith((".", ")"))
     assert setting.stages
     assert bool(setting.adds) == bool(setting.reason) == bool(setting.turn_off)
+
+
+def test_choices_are_what_the_kernels_know() -> None:
+    known = {
+        "KT_TARGET": {name for name, _ in _ext.targets()},
+        "KT_QUANT_METHOD": set(METHODS),
+        "KT_METHOD": set(KT_METHODS),
+    }
+    for name, words in known.items():
+        kind = BY_NAME[name].type
+        assert isinstance(kind, Choice)
+        assert set(kind.words) == words, name
