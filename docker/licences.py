@@ -29,16 +29,21 @@ _MOST_TEXTS = 4
 def stated_licence(distribution: Distribution) -> str:
     """What the metadata says: the SPDX expression, else the name, else the classifiers."""
     metadata = distribution.metadata
-    if expression := metadata.get("License-Expression"):
+
+    def field(name: str) -> str:
+        text = (metadata.get_all(name) or [""])[0].strip()
+        return "" if text == "UNKNOWN" else text
+
+    if expression := field("License-Expression"):
         return expression
-    field = (metadata.get("License") or "").strip()
-    if field and field != "UNKNOWN" and "\n" not in field and len(field) <= _LONGEST_NAME:
-        return field
+    name = field("License")
+    if name and "\n" not in name and len(name) <= _LONGEST_NAME:
+        return name
     classifiers = [text.split(" :: ") for text in metadata.get_all("Classifier") or []]
-    names = [parts[-1] for parts in classifiers if parts[0] == "License" and len(parts) > 1]
-    if names := [name for name in names if name != "OSI Approved"]:
-        return ", ".join(names)
-    return field.splitlines()[0].strip() + " ..." if field and field != "UNKNOWN" else NOT_STATED
+    classes = [parts[-1] for parts in classifiers if parts[0] == "License" and len(parts) > 1]
+    if classes := [each for each in classes if each != "OSI Approved"]:
+        return ", ".join(classes)
+    return name.splitlines()[0].strip() + " ..." if name else NOT_STATED
 
 
 def licence_texts(distribution: Distribution) -> list[str]:
