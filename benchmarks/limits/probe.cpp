@@ -274,7 +274,7 @@ double probe_products(int isa, const int* cpus, int threads, int64_t rounds, int
       if (t == 0) seconds[repeat] = seconds_since(start);
     }
   });
-  return pinned ? kProducts[isa].operations * rounds * threads : -1;
+  return pinned ? kProducts[isa].operations * static_cast<double>(rounds) * threads : -1;
 }
 
 }  // extern "C"

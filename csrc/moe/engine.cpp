@@ -22,8 +22,8 @@ std::pair<int64_t, int64_t> GuidedCounter::take(int64_t total, int workers) {
   }
 }
 
-Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& kernels)
-    : kernels(kernels), scratch(static_cast<size_t>(std::max(slices, 0))), pool(std::move(cpus)) {
+Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen)
+    : kernels(chosen), scratch(static_cast<size_t>(std::max(slices, 0))), pool(std::move(cpus)) {
   if (slices < pool.groups())
     fail_argument("an engine of ", pool.groups(), " groups of workers needs as many slices, not ",
                   slices);

@@ -54,7 +54,7 @@ class Engine {
  public:
   // Workers on `cpus`, group after group; layers are cut into `slices`. Slice s belongs to the
   // workers of group s % groups.
-  Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& kernels);
+  Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen);
 
   // Queues a layer call once the scratch memory suffices for it.
   void submit(const std::shared_ptr<LayerJob>& job);

@@ -86,8 +86,9 @@ void StreamContext::end_overdue(std::chrono::milliseconds limit) {
     for (const Waiting& waiting : waiting_)
       if (now - waiting.since > limit) overdue.push_back(waiting);
   }
+  const double seconds = std::chrono::duration<double>(limit).count();
   for (const Waiting& waiting : overdue)
-    WorkerPool::abandon(*waiting.job, concat("not finished after ", limit.count() / 1000.0, " s"));
+    WorkerPool::abandon(*waiting.job, concat("not finished after ", seconds, " s"));
 }
 
 // ---- one layer ----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ namespace kt {
 // experts that they defer: those calls end in the next layer.
 class StreamContext {
  public:
-  explicit StreamContext(const CudaRuntime& runtime) : runtime(runtime) {}
+  explicit StreamContext(const CudaRuntime& loaded) : runtime(loaded) {}
 
   // Pinned memory of one call; sizes in bytes.
   struct Pinned {
