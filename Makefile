@@ -23,7 +23,13 @@ HAS_COMPOSE := $(shell docker compose version 2>/dev/null)
 
 # ---- the environment -------------------------------------------------------------------------------
 
-venv: $(VENV)/.built ## install all packages into .venv and build the extension
+# With STRICT=1, as in CI, a warning of the C++ compiler is an error; tests compile so, too.
+STRICT ?= $(CI)
+override STRICT := $(filter-out 0 false,$(STRICT))
+export STRICT
+BUILT  := $(VENV)/.built$(STRICT:%=-strict)
+
+venv: $(BUILT) ## install all packages into .venv and build the extension; STRICT=1: without warnings
 
 $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -39,8 +45,9 @@ $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps --editable .
+$(BUILT): $(VENV)/.installed $(SOURCES)
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps --editable . \
+	  --config-settings cmake.define.WARNINGS_AS_ERRORS=$(if $(STRICT),ON,OFF)
 	touch $@
 
 lock: ## recompile requirements/*.txt from requirements/*.in

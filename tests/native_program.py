@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests import compiler
+from tests.compiler import ROOT
 
 
 def target_options() -> dict[str, list[str]]:
@@ -29,13 +30,14 @@ def build(main: Path, folder: Path, options: Sequence[str], link: Sequence[str])
         Path of the program, named as ``main``.
     """
     of_target = target_options()
-    compiler = ["g++", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", *options]
+    command = ["g++", "-std=c++20", "-ffp-contract=off", *compiler.warnings()]
+    command += [f"-I{ROOT / 'csrc'}", *options]
 
     def compile_object(source: Path) -> Path:
         name = source.relative_to(ROOT).as_posix()
         out = folder / f"{name.replace('/', '-')}.o"
         flags = of_target.get(name, [])
-        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True)
+        subprocess.run([*command, *flags, "-c", str(source), "-o", str(out)], check=True)
         return out
 
     sources = [

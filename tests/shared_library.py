@@ -10,11 +10,14 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests import compiler
+
 
 def load(
     name: str, sources: Sequence[Path], options: Sequence[str], headers: Iterable[Path]
 ) -> ctypes.CDLL:
     """The library of ``sources``, compiled once for each state of them, ``headers`` and options."""
+    options = [*compiler.warnings(), *options]
     digest = hashlib.sha256(" ".join(options).encode())
     for path in [*sources, *sorted(headers)]:
         digest.update(path.read_bytes())
@@ -23,10 +26,10 @@ def load(
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             objects = [Path(folder) / f"{source.stem}.o" for source in sources]
             # No unique symbols: those would be one in all libraries that a process loads.
-            compiler = ["g++", "-std=c++20", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra"]
+            command = ["g++", "-std=c++20", "-fPIC", "-fno-gnu-unique", *options]
 
             def compile_object(source: Path, out: Path) -> None:
-                subprocess.run([*compiler, *options, "-c", str(source), "-o", str(out)], check=True)
+                subprocess.run([*command, "-c", str(source), "-o", str(out)], check=True)
 
             with ThreadPoolExecutor() as pool:
                 list(pool.map(compile_object, sources, objects))

@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,8 @@ def probe_name() -> str:
     return f"probe-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
 
 
-def compile_probe(output: Path) -> None:
-    """Compile ``probe.cpp`` into the shared library ``output``.
+def compile_probe(output: Path, options: Sequence[str] = ()) -> None:
+    """Compile ``probe.cpp`` into the shared library ``output``; ``options`` are more of them.
 
     Raises:
         BenchmarkError: no C++ compiler, or it refused the source.
@@ -91,7 +92,7 @@ def compile_probe(output: Path) -> None:
         built = Path(folder) / output.name
         # The C++ runtime inside, so that the library runs on machines other than this one.
         flags = ["-O2", "-std=c++17", "-shared", "-fPIC", "-pthread", "-static-libstdc++"]
-        command = [compiler, *flags, "-static-libgcc", "-o", str(built), str(SOURCE)]
+        command = [compiler, *flags, *options, "-static-libgcc", "-o", str(built), str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BenchmarkError(f"{compiler} cannot compile {SOURCE.name}:\n{done.stderr}")

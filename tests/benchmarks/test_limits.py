@@ -10,11 +10,14 @@ import pytest
 from benchmarks import limits, machine
 from benchmarks.errors import BenchmarkError
 from benchmarks.limits import Limits, Measured
+from tests import compiler
 
 
 @pytest.fixture(scope="module")
-def probe() -> ctypes.CDLL:
-    return limits._probe(None)
+def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    path = tmp_path_factory.mktemp("probe") / "probe.so"
+    limits.compile_probe(path, compiler.warnings())
+    return limits._probe(path)
 
 
 def one_cpu() -> ctypes.Array[ctypes.c_int]:

@@ -25,6 +25,7 @@ NEEDS = "needs AVX2 and SIMDe 0.7.4 or later (package libsimde-dev)"
 TARGETS = ("amx", "avx512_vnni")
 OPTIONS = [
     *("-O2", "-mavx2", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
+    "-Wno-pedantic",  # of #include_next
     *(f"-I{FOLDER / 'include'}", f"-I{CSRC}", f"-I{FOLDER.parent}"),
 ]
 
