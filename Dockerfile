@@ -125,7 +125,7 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
     sh /run/pip.sh uv pip install --quiet --no-cache \
        --python /opt/venv/bin/python --require-hashes -r requirements/test.txt
 # Of the package itself only the sources that tests compile: what is imported is the wheel.
-COPY pyproject.toml ./
+COPY CMakeLists.txt pyproject.toml ./
 COPY csrc csrc
 COPY tests tests
 RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel tests/amx
