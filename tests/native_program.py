@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,20 +23,30 @@ def target_options() -> dict[str, list[str]]:
     return {name: flags.split(";") for name, flags in described}
 
 
-def build(main: Path, folder: Path, options: Sequence[str], link: Sequence[str]) -> Path:
+def build(
+    main: Path,
+    folder: Path,
+    options: Sequence[str],
+    link: Sequence[str],
+    idle_targets: Collection[str] = (),
+) -> Path:
     """Compile ``main`` with csrc into ``folder``; ``options`` are for all files.
+
+    Targets that the program does not use (``idle_targets``) are compiled quickly, without them.
 
     Returns:
         Path of the program, named as ``main``.
     """
     of_target = target_options()
-    command = ["g++", "-std=c++20", "-ffp-contract=off", *compiler.warnings()]
-    command += [f"-I{ROOT / 'csrc'}", *options]
+    command = ["g++", "-std=c++20", "-ffp-contract=off", f"-I{ROOT / 'csrc'}"]
+    chosen = [*compiler.warnings(), *options]
 
     def compile_object(source: Path) -> Path:
         name = source.relative_to(ROOT).as_posix()
         out = folder / f"{name.replace('/', '-')}.o"
         flags = of_target.get(name, [])
+        if name not in {f"csrc/targets/{target}.cpp" for target in idle_targets}:
+            flags = [*flags, *chosen]
         subprocess.run([*command, *flags, "-c", str(source), "-o", str(out)], check=True)
         return out
 

@@ -27,7 +27,8 @@ def test_stress(tmp_path: Path, sanitizer: str) -> None:
     subprocess.run([*command, str(fake_cuda.SOURCE), "-o", str(fake)], check=True)
     link = [options[0], str(fake), f"-Wl,-rpath,{tmp_path}"]
     main = Path(__file__).with_name("stress.cpp")
-    program = native_program.build(main, tmp_path, options, link)
+    idle = ("amx", "avx2", "avx512_vnni", "reference")
+    program = native_program.build(main, tmp_path, options, link, idle)
     # Captured calls and the stand-in's memory are for ever.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run(
