@@ -126,7 +126,7 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 
 # On all cores; tests/conftest.py says which tests share a process. `python -m pytest FILE` needs none
 # of this.
-PYTEST = $(BIN)/python -m pytest -n $(or $(JOBS),logical) --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest -n $(or $(JOBS),logical) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # What needs more than a user's rights, or minutes of emulation.
 SYSTEM := docker or numa or sanitizer
 

@@ -32,6 +32,11 @@ SUPPORTED = [name for name, _ in _ext.targets() if name in NATIVE or name in STO
 INTEGER_TARGETS = [name for name in SUPPORTED if name != "reference"]
 
 
+#: Files whose tests share the stack of tests/docker/conftest.py.
+ONE_STACK = [
+    f"tests/docker/test_{name}.py" for name in ("monitoring", "serving", "serving_replicas")
+]
+
 MEASURED: list[str] = []
 """Lines that tests want to see in the terminal summary."""
 
@@ -111,12 +116,28 @@ def pytest_report_header() -> str:
     return "; ".join(notes)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def scope_of(nodeid: str) -> str:
+    """Tests of one scope run in one process, where several run."""
+    file = nodeid.partition("::")[0]
+    if file in ONE_STACK:
+        return "stack"
+    # Each of these starts a server of its own; else a file's tests share what its fixtures make.
+    return nodeid if file.startswith("tests/serve/") else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    # --dist loadgroup of pytest-xdist 3.8 forgets the groups with pytest 9.2.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByScope(LoadScopeScheduling):  # type: ignore[misc]  # the package is not typed
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return ByScope(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            # A file's tests share what its fixtures make.
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     # What takes longest begins first.
     items.sort(key=lambda item: item.get_closest_marker("serve") is None)
     if torch.cuda.is_available():

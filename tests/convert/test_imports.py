@@ -27,7 +27,8 @@ def pack_to_int32(values: torch.Tensor, bits: int) -> torch.Tensor:
     # Imported here, since it imports transformers: 10 s that collecting the tests would take.
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    return pack_to_int32(values, bits)
+    packed: torch.Tensor = pack_to_int32(values, bits)
+    return packed
 
 
 def to_int4(fake: FakeCheckpoint, group: int, scale_dtype: str = "BF16") -> dict[str, np.ndarray]:

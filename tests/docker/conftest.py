@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.conftest import ONE_STACK
 from tests.docker import images as image_builds
 from tests.docker.engine import Engine, EngineUnavailable, shared_engine
 from tests.docker.project import CPU, Project, watched
@@ -17,15 +18,13 @@ from tests.docker.project import CPU, Project, watched
 SMALL = {"MEMLOCK": "65536", "HEALTH_INTERVAL": "3s", "SHM_SIZE": "512m"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker("docker")
             item.add_marker(pytest.mark.timeout(1800))
-            # One process uses the stack; what the others start does not disturb it.
-            if "stack" in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group("stack"))
+            if "stack" in getattr(item, "fixturenames", ()) and item.location[0] not in ONE_STACK:
+                raise pytest.UsageError(f"{item.nodeid} uses the stack: add its file to ONE_STACK")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -46,6 +46,7 @@ def test_decoding_drops_control_tokens_and_keeps_markup(tokenizer: Tokenizer) ->
     assert decoded == "<think>because</think>Paris<｜DSML｜function_calls>"
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_any_text_round_trips(text: str) -> None:
     tokenizer = CACHED.setdefault("tokenizer", build_tokenizer(TinySizes().vocab_size))

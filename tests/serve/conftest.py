@@ -14,14 +14,6 @@ from examples.tiny.make_checkpoint import make_checkpoint
 from tests.serve.server import REPOSITORY, Server
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            # Each starts a server of its own, so any process may run it.
-            item.add_marker(pytest.mark.xdist_group(item.nodeid))
-
-
 @pytest.fixture(scope="session")
 def checkpoint(make_once: Callable[..., Path]) -> Path:
     """examples/tiny's checkpoint."""
