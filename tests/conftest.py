@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,25 @@ from kt_kernel import _ext, packed
 from tests import portable_isa
 from tests.amx import tile_unit
 from tests.docker import engine as docker_engine
+
+
+def cpus_of_process(cpus: Sequence[int], index: int, count: int) -> Sequence[int]:
+    """The CPUs of one of ``count`` processes that run tests: at least two, else apart."""
+    share = max(2, len(cpus) // count)
+    begin = index * share % len(cpus)
+    return [*cpus, *cpus][begin : begin + share]
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Engines pin a thread to each CPU that the process has; all processes' would be the same ones.
+    os.sched_setaffinity(
+        0,
+        cpus_of_process(
+            sorted(os.sched_getaffinity(0)),
+            int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")),
+            int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
+        ),
+    )
 
 #: Targets that this CPU runs as they are built.
 NATIVE = [name for name, supported in _ext.targets() if supported]
