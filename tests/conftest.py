@@ -158,7 +158,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What takes longest begins first.
-    items.sort(key=lambda item: item.get_closest_marker("serve") is None)
+    items.sort(key=lambda i: not (i.get_closest_marker("serve") or scope_of(i.nodeid) == "stack"))
     if torch.cuda.is_available():
         return
     for item in items:
