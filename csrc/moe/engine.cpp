@@ -68,12 +68,11 @@ Buffer Engine::take_buffer(size_t bytes) {
     const std::lock_guard lock(memory_mutex_);
     auto best = free_buffers_.end();
     for (auto it = free_buffers_.begin(); it != free_buffers_.end(); ++it) {
-      if (best == free_buffers_.end()) {
-        best = it;
-      } else if (best->bytes() < bytes ? it->bytes() > best->bytes()
-                                       : it->bytes() >= bytes && it->bytes() < best->bytes()) {
-        best = it;
-      }
+      const bool better =
+          best == free_buffers_.end() ||
+          (best->bytes() < bytes ? it->bytes() > best->bytes()
+                                 : it->bytes() >= bytes && it->bytes() < best->bytes());
+      if (better) best = it;
     }
     if (best != free_buffers_.end()) {
       buffer = std::move(*best);

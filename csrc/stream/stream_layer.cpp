@@ -186,7 +186,7 @@ void StreamLayer::submit(CudaStream stream, const void* x, ActivationDtype dtype
   if (captured) {
     captured_calls_.push_back(std::move(call));
   } else {
-    call.release();  // finish deletes it
+    static_cast<void>(call.release());  // finish deletes it
   }
 }
 

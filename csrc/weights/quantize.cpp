@@ -56,13 +56,14 @@ double bin_error(const int8_t (&levels)[kTableLevels], double low, double width)
 void fill_class_errors(const Int4Tables& tables, const Candidates& candidates, int of,
                        TableSearch& search) {
   constexpr int kBins = TableSearch::kBins;
-  const double factor = kBins / 2 * 65536.0 / (candidates.reaches[of] * kUnit);
+  constexpr int kHalf = kBins / 2;
+  const double factor = kHalf * 65536.0 / (candidates.reaches[of] * kUnit);
   search.bin_factor[of] = static_cast<int16_t>(std::min<double>(factor, INT16_MAX));
   const double width = 65536.0 / search.bin_factor[of] / kUnit;
   for (int bin = 0; bin < kBins; ++bin) {
     for (int c = 0; c < TableSearch::kCandidates; ++c) {
       const double error =
-          bin_error(tables[search.candidates[of][c]], (bin - kBins / 2) * width, width);
+          bin_error(tables[search.candidates[of][c]], (bin - kHalf) * width, width);
       search.errors[of][bin][c] = static_cast<uint8_t>(
           std::min<double>(UINT8_MAX, std::nearbyint(error / candidates.units[of])));
     }

@@ -4,10 +4,13 @@
 //
 //   stress FAKE_RUNTIME CALLS
 
+#include <array>
 #include <atomic>
+#include <charconv>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -54,7 +57,7 @@ struct Inputs {
   std::vector<int32_t> ids;
 };
 
-const std::vector<uint8_t> kOnGpu(kExperts, 0);
+constexpr std::array<uint8_t, kExperts> kOnGpu{};
 
 std::vector<float> call(kt::Layer& layer, const Inputs& in) {
   std::vector<float> out(in.x.size());
@@ -164,7 +167,8 @@ void run(const std::string& library, int calls) {
   });
   try {
     while (context->failure().empty()) batches[3].submit(first, stream);
-  } catch (const std::runtime_error&) {
+  } catch (const std::runtime_error& refusal) {
+    expect(!context->failure().empty(), refusal.what());
   }
   impatient.join();
   fake_synchronize(stream);
@@ -182,8 +186,12 @@ void run(const std::string& library, int calls) {
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
+  const std::string_view number(argv[2]);
+  int calls = 0;
+  const auto [end, error] = std::from_chars(number.begin(), number.end(), calls);
+  if (error != std::errc() || end != number.end() || calls < 1) return 2;
   try {
-    run(argv[1], std::atoi(argv[2]));
+    run(argv[1], calls);
   } catch (const std::exception& error) {
     std::printf("failed: %s\n", error.what());
     return 1;
