@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.server import Server, group_members
 from examples.tiny.demo import what_ran
 from examples.tiny.trained import CHECKPOINT
 from tests.entrypoint.helpers import command, fails, run
-from tests.serve.server import Server, group_members
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.quality import Prompt, Result, ask
 from benchmarks.quality_tiny import prompts as held_out
+from benchmarks.server import REPOSITORY, Server
 from tests.gpu.padded import write_padded
-from tests.serve.server import REPOSITORY, Server
 
 MODEL = "DeepSeek-V3.2"
 QUESTIONS_PER_TASK = 10

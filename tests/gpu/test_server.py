@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from benchmarks.quality import Prompt, Result, summary
+from benchmarks.server import Server
 from tests.gpu.conftest import ask_all
-from tests.serve.server import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.gpu]
 

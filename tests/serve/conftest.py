@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.server import REPOSITORY, Server
 from examples.tiny.make_checkpoint import make_checkpoint
-from tests.serve.server import REPOSITORY, Server
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.server import Server
 from tests.serve import reference_model
-from tests.serve.server import Server
 
 pytestmark = pytest.mark.serve
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.server import Server
 from tests.serve import reference_model
-from tests.serve.server import Server
 
 NEW_TOKENS = 24
 MOE_ENDS = (2, 4)

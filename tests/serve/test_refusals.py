@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.server import Server
+from benchmarks.server import Server
 
 pytestmark = pytest.mark.serve
 
