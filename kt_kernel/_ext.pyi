@@ -88,6 +88,14 @@ class Engine:
     def target(self) -> str: ...
     @property
     def cpus(self) -> list[list[int]]: ...
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over the layer calls that have ended.
+
+        ``calls``, their ``tokens``, the ``experts`` that each of them read, and nanoseconds:
+        ``prepare_ns`` until a call is with the workers, ``workers_ns`` until they are through.
+        """
+
     def take_buffer(self, bytes: int) -> NDArray[np.uint8]:
         """[bytes] of page-aligned memory, its contents those of an earlier use.
 

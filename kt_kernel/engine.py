@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from torch import distributed
@@ -15,6 +20,11 @@ from kt_kernel.errors import UserError
 from kt_kernel.host import cpus_beside_experts, huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
+
+#: Environment variable that names a file for the engine's totals, renewed while calls end.
+#: ``benchmarks.rehearsal`` sets it and reads the file; no setting for users.
+TOTALS_VARIABLE = "_KT_ENGINE_TOTALS_FILE"
+_PUBLISH_SECONDS = 0.1
 
 
 def _gpus() -> int:
@@ -96,4 +106,24 @@ def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
             "rows of weights: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled"
         )
     logger.info("kt_kernel: target %s, %d threads on CPUs %s", target, running, groups)
-    return _ext.Engine(groups, pools, target)
+    made = _ext.Engine(groups, pools, target)
+    if path := os.environ.get(TOTALS_VARIABLE):
+        threading.Thread(target=_keep_publishing, args=(made, Path(path)), daemon=True).start()
+    return made
+
+
+def publish_totals(engine: _ext.Engine, path: Path) -> None:
+    """Write the engine's totals as JSON, whole or not at all; best effort."""
+    partial = path.with_name(path.name + ".partial")
+    with suppress(OSError):
+        partial.write_text(json.dumps(engine.totals))
+        partial.replace(path)
+
+
+def _keep_publishing(engine: _ext.Engine, path: Path) -> None:
+    calls = -1
+    while True:
+        if (now := engine.totals["calls"]) != calls:
+            publish_totals(engine, path)
+            calls = now
+        time.sleep(_PUBLISH_SECONDS)

@@ -83,7 +83,17 @@ void bind_layer(py::module_& module) {
            py::arg("cpus"), py::arg("slices"), py::arg("target"))
       .def("take_buffer", &take_buffer, py::arg("bytes"))
       .def_property_readonly("target", [](const Engine& e) { return std::string(e.kernels.name); })
-      .def_property_readonly("cpus", [](const Engine& e) { return e.pool.cpus(); });
+      .def_property_readonly("cpus", [](const Engine& e) { return e.pool.cpus(); })
+      .def_property_readonly("totals", [](const Engine& e) {
+        const CallTotals t = e.totals();
+        py::dict found;
+        found["calls"] = t.calls;
+        found["tokens"] = t.tokens;
+        found["experts"] = t.experts;
+        found["prepare_ns"] = t.prepare_ns;
+        found["workers_ns"] = t.workers_ns;
+        return found;
+      });
 
   py::class_<Layer, std::shared_ptr<Layer>>(module, "Layer")
       .def(py::init(&make_layer), py::arg("engine"), py::arg("num_experts"), py::arg("top_k"),

@@ -38,7 +38,22 @@ void Engine::submit(const std::shared_ptr<LayerJob>& job) {
     pool.drain();
     job->grow_scratch();
   }
+  job->note_submission();
   pool.submit(job);
+}
+
+CallTotals Engine::totals() const {
+  const std::lock_guard lock(totals_mutex_);
+  return totals_;
+}
+
+void Engine::add_to_totals(const CallTotals& call) noexcept {
+  const std::lock_guard lock(totals_mutex_);
+  totals_.calls += call.calls;
+  totals_.tokens += call.tokens;
+  totals_.experts += call.experts;
+  totals_.prepare_ns += call.prepare_ns;
+  totals_.workers_ns += call.workers_ns;
 }
 
 std::unique_ptr<CallMemory> Engine::take_memory() {

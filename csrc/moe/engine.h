@@ -50,6 +50,15 @@ struct CallMemory {
   std::vector<std::atomic<int32_t>> slices_left;  // [group of hidden columns] slices to sum
 };
 
+// Sums over the calls that have ended. What they leave of a server's time was spent elsewhere.
+struct CallTotals {
+  int64_t calls = 0;
+  int64_t tokens = 0;
+  int64_t experts = 0;     // of each call, those that at least one token uses: what it reads
+  int64_t prepare_ns = 0;  // from a call's start to its submission: routing, few inputs to int8
+  int64_t workers_ns = 0;  // from there to the end of its last worker
+};
+
 class Engine {
  public:
   // Workers on `cpus`, group after group; layers are cut into `slices`. Slice s belongs to the
@@ -66,6 +75,9 @@ class Engine {
   Buffer take_buffer(size_t bytes);
   void give_buffer(Buffer buffer) noexcept;
 
+  CallTotals totals() const;
+  void add_to_totals(const CallTotals& call) noexcept;
+
   int slices() const { return static_cast<int>(scratch.size()); }
 
   const Kernels& kernels;
@@ -76,6 +88,8 @@ class Engine {
   std::mutex memory_mutex_;  // never held while waiting for a job: jobs give memory back
   std::vector<std::unique_ptr<CallMemory>> free_memory_;
   std::vector<Buffer> free_buffers_;
+  mutable std::mutex totals_mutex_;
+  CallTotals totals_;
 
  public:
   WorkerPool pool;  // last: its workers end before the memory goes

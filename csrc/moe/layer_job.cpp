@@ -75,6 +75,16 @@ LayerJob::LayerJob(const Layer& layer, Engine& engine, const void* x, Activation
     quantize_input(t, memory_->x.data(), memory_->x_scales.as<RowScale>());
 }
 
+void LayerJob::finish() noexcept {
+  const auto nanoseconds = [](Clock::duration d) {
+    return static_cast<int64_t>(std::chrono::nanoseconds(d).count());
+  };
+  engine_.add_to_totals({1, tokens_, static_cast<int64_t>(routing_.experts.size()),
+                         nanoseconds(submitted_ - started_),
+                         nanoseconds(Clock::now() - submitted_)});
+  engine_.give_memory(std::move(memory_));
+}
+
 size_t LayerJob::input_bytes() const {
   return static_cast<size_t>(tokens_ * config_.hidden_size) *
          (dtype_ == ActivationDtype::kBf16 ? sizeof(uint16_t) : sizeof(float));

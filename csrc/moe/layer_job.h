@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 
@@ -21,7 +22,7 @@ class LayerJob : public Job {
   // intermediate rows, so only gate and up | down are left.
   int phases() const override { return few_tokens() ? 2 : 4; }
   void run(int phase, const Worker& worker) override;
-  void finish() noexcept override { engine_.give_memory(std::move(memory_)); }
+  void finish() noexcept override;
 
   // Waits until the workers have read the caller's inputs.
   void wait_for_inputs() const;
@@ -36,7 +37,12 @@ class LayerJob : public Job {
   bool fits_scratch() const;
   void grow_scratch();
 
+  // The workers' time counts from here.
+  void note_submission() { submitted_ = Clock::now(); }
+
  private:
+  using Clock = std::chrono::steady_clock;
+
   static constexpr int64_t kFewTokens = 8;
   bool few_tokens() const { return tokens_ <= kFewTokens; }
 
@@ -59,6 +65,8 @@ class LayerJob : public Job {
   template <class F>
   void each_scratch(F f) const;
 
+  const Clock::time_point started_ = Clock::now();
+  Clock::time_point submitted_ = started_;
   const Layer& layer_;
   Engine& engine_;
   const Kernels& kernels_;

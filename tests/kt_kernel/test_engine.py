@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -133,6 +134,32 @@ def test_workers_are_named_pinned_and_end_with_their_engine() -> None:
     ]
     del found
     assert workers() == before
+
+
+def test_totals_count_each_call_once(tmp_path: Path) -> None:
+    """Few tokens and many take different ways through a call; both count, and are written."""
+    e, k, h, i = LAYERS[0]
+    shared = _ext.Engine([[CPUS[0]]], 1, "scalar")
+    layer = _ext.Layer(shared, e, k, h, i, "int4")
+    random = RandomLayer(LAYERS[0])
+    tensors = (random.gate, random.up, random.down)
+    layer.load_matrices([tensor.data_ptr() for tensor in tensors], "bf16", list(range(e)))
+    assert set(shared.totals.values()) == {0}
+    experts, on_gpu = 0, torch.zeros(e, dtype=torch.bool)
+    started = time.monotonic_ns()
+    for tokens in (3, 20):
+        x, ids, weights = random_batch(LAYERS[0], tokens)
+        out = torch.empty_like(x)
+        pointers = [tensor.data_ptr() for tensor in (ids, weights, on_gpu, out)]
+        layer.submit(x.data_ptr(), "fp32", tokens, *pointers).wait()
+        experts += len(ids.unique())
+    elapsed = time.monotonic_ns() - started
+    totals = shared.totals
+    assert (totals["calls"], totals["tokens"], totals["experts"]) == (2, 23, experts)
+    assert totals["prepare_ns"] > 0
+    assert 0 < totals["workers_ns"] < elapsed
+    engine.publish_totals(shared, tmp_path / "totals.json")
+    assert json.loads((tmp_path / "totals.json").read_text()) == totals
 
 
 def test_idle_workers_take_no_cpu_time() -> None:
