@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: compose-there help venv demo tiny quality test test-fast test-system test-all sanitize numa-test amx-test amx-report gpu-test \
-        lint style tidy types docs docs-check bench lock download convert serve check smoke health status doctor \
+        lint style tidy types docs docs-check bench rehearsal lock download convert serve check smoke health status doctor \
         clean clean-demo image image-test up up-cpu down logs ps chat
 
 help: ## list the targets
@@ -205,6 +205,12 @@ bench: venv $(VENV)/.bench ## time one MoE layer beside rivals and the machine's
 	mkdir -p .cache/benchmarks
 	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick) \
 	  --json .cache/benchmarks/moe.json --plot .cache/benchmarks/moe.png
+
+# LAYERS=auto takes what memory, disk and card hold, LAYERS=8 at most eight, LAYERS=1,4,8 those.
+LAYERS ?= auto
+rehearsal: venv $(VENV)/.bench ## what V3.2 will do on this machine, before it is downloaded; LAYERS=1: without a card, too
+	$(BIN)/python -m benchmarks.rehearsal --layers $(LAYERS) $(REHEARSAL) \
+	  --json .cache/rehearsal/rehearsal.json --plot .cache/rehearsal/rehearsal.png
 
 quality: venv $(VENV)/.bench ## what each format of the experts changes in the tiny model's answers
 	$(BIN)/python -m benchmarks.quality tiny

@@ -1,0 +1,237 @@
+"""``python -m benchmarks.rehearsal``: make, serve, ask, fit, answer, and leave nothing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import limits, machine
+from benchmarks.errors import BenchmarkError
+from benchmarks.rehearsal import checkpoint, packed_layers, plan, result, variant
+from benchmarks.rehearsal.plot import draw
+from benchmarks.rehearsal.sizes import MOE_LAYERS, with_moe_layers
+from benchmarks.rehearsal.workspace import workspace
+from benchmarks.server import REPOSITORY
+from deploy.argv import resolve
+from deploy.config import load
+from deploy.limits import read_memory
+from deploy.machine import survey
+from examples.tiny.tokenizer import build_tokenizer, write_tokenizer
+from kt_kernel.errors import UserError
+from kt_kernel.packed import METHODS, SERVED_AS
+
+CACHE = REPOSITORY / ".cache" / "rehearsal"
+PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+REQUESTS = (1, 4, 8, 16, 32)
+PROMPTS_ON_CPU, REQUESTS_ON_CPU = (32, 128), (1, 2)
+#: Seconds of reads before the servers and after them.
+READ_SECONDS = 3.0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rehearsal",
+        description="Serve the first MoE layers of V3.2 with random weights; say what all will do.",
+    )
+    add = parser.add_argument
+    add("--layers", default="auto", help="auto (what the machine holds), the most, or N,N,N")
+    add("--method", choices=METHODS, default="int4", help="format of the experts (int4)")
+    add("--resident", type=int, default=1, help="experts of each layer on the GPU (1)")
+    add("--cpu", action="store_true", help="without a GPU, also where there is one")
+    add("--prompts", type=int, nargs="*", help=f"tokens ({' '.join(map(str, PROMPTS))})")
+    add("--requests", type=int, nargs="+", help=f"that decode ({' '.join(map(str, REQUESTS))})")
+    add("--rounds", type=int, default=3, help="of each measurement (3)")
+    add("--no-profile", action="store_true", help="do not take a decode step apart")
+    add("--folder", type=Path, help="for the files; default: memory (/dev/shm), else .cache")
+    add("--memory", type=float, help="GB of memory there are, where the kernel tells too little")
+    add("--json", type=Path, help="write the results there")
+    add("--plot", type=Path, help="draw them there, a PNG")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when measured, 2 with one clear error, 130 after Ctrl-C."""
+    args = _parse(argv)
+    try:
+        found = rehearse(args)
+    except (BenchmarkError, UserError, RuntimeError, TimeoutError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing is left", file=sys.stderr)
+        return 130
+    print("\n".join(result.answer(found)))
+    if args.json:
+        _write(args.json, found)
+        _partial(args.json).unlink(missing_ok=True)
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw(found, args.plot)
+    return 0
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _partial(path: Path) -> Path:
+    """Where the servers measured so far are written."""
+    return path.with_name(path.name + ".partial")
+
+
+def rehearse(args: argparse.Namespace) -> dict[str, Any]:
+    """All of it; the results, for JSON.
+
+    Raises:
+        BenchmarkError: something is missing, or does not fit.
+        RuntimeError: a server did not start.
+    """
+    here = survey()
+    if here.gpu_problem and not args.cpu:
+        raise BenchmarkError(f"{here.gpu_problem}: mend that, or rehearse without it (--cpu)")
+    gpu = None if args.cpu else here.gpu
+    if args.rounds < 1 or not 0 <= args.resident < 256:
+        raise BenchmarkError("--rounds and --resident: expected at least 1, and 0 to 255")
+    _need_sglang()
+    if args.plot:
+        _need_matplotlib()
+    folders = [args.folder] if args.folder else [plan.TMPFS, _cache()]
+    memory = plan.usable_memory(read_memory()) if args.memory is None else args.memory * 1e9
+    room = plan.Machine(memory, plan.free_disks(folders), gpu.free_bytes if gpu else None)
+    settings = {
+        "KT_CPUINFER": "auto",
+        "KT_THREADPOOL_COUNT": "auto",
+        "KT_DEVICE": "cuda" if gpu else "cpu",
+        "KT_METHOD": SERVED_AS[args.method],
+        "KT_QUANT_METHOD": args.method,
+        "KT_NUM_GPU_EXPERTS": str(args.resident),
+    }
+    if args.memory is not None:
+        ignored = os.environ.get("KT_IGNORE_CHECKS", "")
+        settings["KT_IGNORE_CHECKS"] = ",".join(filter(None, [ignored, "memory"]))
+    values = _values(settings)
+    chosen = plan.choose(args.layers, room, args.method, args.resident, values, gpu is None)
+    with workspace(chosen.folder) as folder:
+        before = limits.read_bandwidth(here.usable_cpus, READ_SECONDS)
+        variant.say(
+            f"reads {before.best:.1f} GB/s; {_list(chosen.counts)} MoE layers, files in {folder}"
+        )
+        servers = _serve(args, chosen, settings, folder, gpu is None)
+        after = limits.read_bandwidth(here.usable_cpus, READ_SECONDS)
+    found: dict[str, Any] = {
+        "schema": result.SCHEMA,
+        "kind": result.KIND,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", "benchmarks.rehearsal", *sys.argv[1:]]),
+        "machine": machine.describe(),
+        "card": gpu.name if gpu else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("sglang", "torch")},
+        "threads": values["KT_CPUINFER"],
+        "method": args.method,
+        "resident": args.resident,
+        "reads GB/s": {"before": vars(before), "after": vars(after)},
+        "servers": servers,
+    }
+    if args.memory is not None:
+        found["machine"]["memory_bytes"] = int(memory)
+    if gpu:
+        free = float(gpu.free_bytes)
+        found["card_memory"] = {
+            "free": free,
+            "computed": result.computed_card_bytes(MOE_LAYERS, values, free),
+            "computed_here": result.computed_card_bytes(servers[-1]["layers"], values, free),
+        }
+    return result.derive(found)
+
+
+def _serve(
+    args: argparse.Namespace,
+    chosen: plan.Plan,
+    settings: Mapping[str, str],
+    folder: Path,
+    on_cpu: bool,
+) -> list[dict[str, Any]]:
+    """Make the files and measure each number of layers."""
+    started = time.monotonic()
+    most = with_moe_layers(chosen.counts[-1])
+    layout = plan.v32_layout(args.method)
+    shards, layers = folder / "shards", folder / "layers"
+    shards.mkdir()
+    layers.mkdir()
+    try:
+        checkpoint.write_shards(shards, most, args.resident)
+        packed_layers.write_layers(layers, layout, list(most.moe_layers))
+    except OSError as error:
+        raise BenchmarkError(f"cannot write to {folder}: {error.strerror}") from None
+    variant.say(f"made the files in {time.monotonic() - started:.0f} s")
+    tokenizer = build_tokenizer(1024)
+    defaults = (PROMPTS_ON_CPU, REQUESTS_ON_CPU) if on_cpu else (PROMPTS, REQUESTS)
+    questions = variant.Questions(
+        prompts=tuple(defaults[0] if args.prompts is None else args.prompts),
+        requests=tuple(args.requests or defaults[1]),
+        rounds=args.rounds,
+        profile=not args.no_profile and not on_cpu,
+    )
+    servers = []
+    # The largest first: it says most if a later one fails.
+    for count in reversed(chosen.counts):
+        view = folder / f"view-{count}"
+        sizes = with_moe_layers(count)
+        checkpoint.write_view(view / "model", shards, sizes, args.resident)
+        write_tokenizer(view / "model", tokenizer)
+        packed_layers.write_view(view / "weights", layers, view / "model", layout)
+        (view / "run").mkdir()
+        paths = {
+            "KT_MODEL_PATH": str(view / "model"),
+            "KT_WEIGHT_PATH": str(view / "weights"),
+            "KT_RUN_DIR": str(view / "run"),
+        }
+        servers.append(variant.measure(count, {**settings, **paths}, questions, view))
+        if args.json:  # if the next one fails, this is not lost
+            _write(_partial(args.json), {"servers": servers})
+    return servers[::-1]
+
+
+def _values(settings: Mapping[str, str]) -> dict[str, Any]:
+    """The settings as ``serve`` will resolve them."""
+    env_file = REPOSITORY / "env" / "tutorial.env"
+    config = load({**os.environ, **settings}, [env_file], "serve")
+    return resolve(config, survey())[0]
+
+
+def _need_sglang() -> None:
+    try:
+        importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        raise BenchmarkError("SGLang is missing: run `make venv`") from None
+
+
+def _need_matplotlib() -> None:
+    try:
+        importlib.metadata.version("matplotlib")
+    except importlib.metadata.PackageNotFoundError:
+        raise BenchmarkError(
+            "matplotlib is missing: install requirements/bench.txt, or leave out --plot"
+        ) from None
+
+
+def _cache() -> Path:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return CACHE
+
+
+def _list(counts: Sequence[int]) -> str:
+    return ", ".join(map(str, counts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

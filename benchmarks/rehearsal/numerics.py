@@ -1,0 +1,138 @@
+"""One layer of V3.2's size on the card's path, against float arithmetic on its file's weights.
+
+    python -m benchmarks.rehearsal.numerics [--methods int4 int8] [--folder DIR] [--json FILE]
+
+Inputs come from the GPU and outputs go there, called directly and replayed by a CUDA graph. The
+reference takes the weights as the file's codes and scales stand for, in float32 on the GPU: what is
+left is what int8 activations cost, and rounding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.machine import allowed_cpus
+from benchmarks.rehearsal import packed_layers, plan
+from benchmarks.rehearsal.workspace import workspace
+from deploy.gpu_memory import V32_CONFIG
+from deploy.machine import survey
+from kt_kernel import KTMoEWrapper, _ext, packed
+
+TOKENS = (1, 16, 512, 4096)
+LAYER, TOP_K = V32_CONFIG["first_k_dense_replace"], V32_CONFIG["num_experts_per_tok"]
+Weights = tuple[torch.Tensor, ...]
+
+
+def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
+    """Gate, up [I, H] and down [H, I] of every expert in turn, float32 on the CPU."""
+    header, specs = packed.read_header(path), layout.tensors()
+    tables = np.asarray(_ext.int4_tables(layout.method)) if layout.has_tables else None
+
+    def part(name: str, expert: int, dtype: type) -> np.ndarray:
+        size = specs[name].nbytes // layout.num_experts
+        offset = header.tensors[name].begin + expert * size
+        data = np.fromfile(path, dtype, size // np.dtype(dtype).itemsize, offset=offset)
+        return data.reshape(specs[name].shape[1:])
+
+    def expert(index: int) -> Weights:
+        found = []
+        for name in packed.PROJECTIONS:
+            n, k = layout.projection_shape(name)
+            blocks = part(f"{name}.table_index", index, np.uint8) if layout.has_tables else None
+            codes = part(f"{name}.codes", index, np.uint8)
+            scales = part(f"{name}.scales", index, np.uint16)
+            weights = _ext.dequantize_projection(codes, scales, blocks, tables, n, k, layout.method)
+            found.append(torch.from_numpy(weights))
+        return tuple(found)
+
+    threads = len(allowed_cpus())
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, layout.num_experts, 2 * threads):
+            last = min(first + 2 * threads, layout.num_experts)
+            yield from pool.map(expert, range(first, last))
+
+
+def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float]]:
+    """Tokens -> mean|o - ref| / mean|ref|, called directly and in a CUDA graph."""
+    layout = plan.v32_layout(method)
+    packed_layers.write_layers(folder, layout, [LAYER])
+    wrapper = KTMoEWrapper(
+        LAYER,
+        layout.num_experts,
+        TOP_K,
+        layout.hidden_size,
+        layout.intermediate_size,
+        num_gpu_experts=0,
+        cpuinfer_threads=threads,
+        weight_path=str(folder),
+        method=packed.SERVED_AS[method],
+    )
+    wrapper.load_weights(torch.arange(layout.num_experts))
+    torch.manual_seed(0)
+    inputs, outputs, wanted = {}, {}, {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, layout.hidden_size, device="cuda").to(torch.bfloat16)
+        scores = torch.rand(tokens, layout.num_experts, device="cuda")
+        weights, ids = scores.topk(TOP_K)
+        inputs[tokens] = call = x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        outputs[tokens] = {"direct": wrapper.forward(*call, stream).float()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = wrapper.forward(*call, torch.cuda.current_stream().cuda_stream)
+        graph.replay()
+        torch.cuda.synchronize()
+        outputs[tokens]["graph"] = captured.float()
+        wanted[tokens] = torch.zeros_like(x, dtype=torch.float32)
+    for expert, some in enumerate(dequantised(folder / packed.layer_file_name(LAYER), layout)):
+        gate, up, down = (matrix.cuda() for matrix in some)
+        for tokens, (x, ids, weights) in inputs.items():
+            row, slot = (ids == expert).nonzero(as_tuple=True)
+            if len(row):
+                rows = x[row].float()
+                y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
+                wanted[tokens].index_add_(0, row, y * weights[row, slot][:, None])
+    return {
+        str(tokens): {
+            how: float((output - wanted[tokens]).abs().mean() / wanted[tokens].abs().mean())
+            for how, output in found.items()
+        }
+        for tokens, found in outputs.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when compared, 2 without a GPU."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rehearsal.numerics", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--methods", nargs="+", choices=packed.METHODS, default=["int4", "int8"])
+    parser.add_argument("--folder", type=Path, default=plan.TMPFS, help="for a layer of 6 to 12 GB")
+    parser.add_argument("--json", type=Path, help="write the errors there, too")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: PyTorch finds no NVIDIA GPU: expected one", file=sys.stderr)
+        return 2
+    threads = survey().expert_threads(1)
+    found = {}
+    print("| experts | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |\n|---|" + "---|" * 4)
+    for method in args.methods:
+        with workspace(args.folder) as folder:
+            found[method] = errors(folder, method, threads)
+        cells = (f"{e['direct']:.4f}, {e['graph']:.4f}" for e in found[method].values())
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

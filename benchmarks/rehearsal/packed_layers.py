@@ -1,0 +1,90 @@
+"""Packed layers at real size, of random codes, with the manifest that ``serve`` asks for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from convert.checkpoint import Checkpoint
+from convert.manifest import Identity, LayerRecord, Manifest
+from kt_kernel import _ext, packed
+
+#: Bytes of random codes; layers begin at different places of them.
+DRAWN = 1 << 28
+#: Layers written at the same time: memory is what limits it.
+AT_ONCE = 4
+#: About the root mean square of an integer weight, by which the scale divides the wanted one.
+_CODE_STD = {"int4": 40.0, "int4-4x8": 40.0, "int8": 74.0}
+
+
+def layer_bytes(layout: packed.PackedLayout) -> int:
+    """Of one layer's file, but for its header."""
+    return sum(spec.nbytes for spec in layout.tensors().values())
+
+
+def write_layers(folder: Path, layout: packed.PackedLayout, layers: Sequence[int]) -> None:
+    """Write the files of these layers."""
+    drawn = np.random.default_rng(0).integers(0, 256, DRAWN, np.uint8)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(lambda layer: _write_layer(folder, layout, layer, drawn), layers))
+
+
+def _write_layer(
+    folder: Path, layout: packed.PackedLayout, layer: int, drawn: NDArray[np.uint8]
+) -> None:
+    offset = 4096 * layer
+    with (folder / packed.layer_file_name(layer)).open("wb", buffering=0) as file:
+        file.write(packed.header_bytes(layout.tensors(), layout.metadata(layer)))
+        for name, spec in layout.tensors().items():
+            projection, _, part = name.partition(".")
+            if name == "tables":
+                _write(file.fileno(), np.asarray(_ext.int4_tables(layout.method), np.int8))
+            elif part == "scales":
+                k = layout.projection_shape(projection)[1]
+                scale = torch.tensor(k**-0.5 / _CODE_STD[layout.method], dtype=torch.bfloat16)
+                bits = np.uint16(scale.view(torch.int16).item())
+                _write(file.fileno(), np.full(spec.nbytes // 2, bits))
+            else:
+                left = spec.nbytes
+                while left:
+                    part_of = drawn[offset : offset + left]
+                    _write(file.fileno(), part_of)
+                    left -= len(part_of)
+                    offset = 0 if left else (offset + len(part_of)) % DRAWN
+
+
+def _write(file: int, data: NDArray) -> None:
+    """All of it: one call of the system writes 2 GiB at most."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def write_view(folder: Path, layers_in: Path, model: Path, layout: packed.PackedLayout) -> None:
+    """The weights of the checkpoint ``model``, of hard links, with their manifest."""
+    folder.mkdir(parents=True)
+    with Checkpoint(model) as checkpoint:
+        moe_layers = tuple(checkpoint.dims.moe_layers())
+        identity = Identity(
+            fingerprint=checkpoint.fingerprint(),
+            layout=layout,
+            model_type=checkpoint.dims.model_type,
+            moe_layers=moe_layers,
+            quantizer={"made": "at random"},
+            input_type="fp8",
+            files=checkpoint.file_digests(),
+            shards={},
+        )
+    manifest = Manifest(folder, identity)
+    for layer in moe_layers:
+        name = packed.layer_file_name(layer)
+        os.link(layers_in / name, folder / name)
+        # Nothing was converted, so there is nothing to prove: no digests and no errors.
+        manifest.layers[layer] = LayerRecord(name, (folder / name).stat().st_size, "", {}, {})
+    (folder / packed.MANIFEST_NAME).write_bytes(manifest.content())

@@ -1,0 +1,56 @@
+"""Answers like SGLang, as far as the rehearsal asks, and counts like the engine.
+
+``fake_server.py HANG`` never gets ready, and starts a child that does not end by itself either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+LAYERS = json.loads((Path(os.environ["KT_MODEL_PATH"]) / "config.json").read_text())[
+    "num_hidden_layers"
+]
+TOTALS = Path(os.environ["_KT_ENGINE_TOTALS_FILE"])
+totals = dict.fromkeys(("calls", "tokens", "experts", "prepare_ns", "workers_ns"), 0)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self._answer(200, {})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        requests = len(body["input_ids"])
+        steps = body["sampling_params"]["max_new_tokens"]
+        for step in range(steps):
+            tokens = requests if step else sum(map(len, body["input_ids"]))
+            totals["calls"] += 1
+            totals["tokens"] += tokens
+            totals["experts"] += 8 * requests
+            totals["prepare_ns"] += 1000
+            totals["workers_ns"] += 1_000_000
+        TOTALS.write_text(json.dumps(totals))
+        meta = {"completion_tokens": steps}
+        self._answer(200, [{"meta_info": meta} for _ in range(requests)])
+
+    def _answer(self, status: int, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+if sys.argv[1:] == ["HANG"]:
+    subprocess.Popen(["sleep", "600"]).wait()
+print("[x] kt_kernel: layer 3: 1 of 1, 5.8 GB in 0.5 s, 11.6 GB/s, 255 experts on the CPU")
+sys.stdout.flush()
+ThreadingHTTPServer(("127.0.0.1", int(os.environ["KT_PORT"])), Handler).serve_forever()

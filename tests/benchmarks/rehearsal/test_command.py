@@ -1,0 +1,123 @@
+"""The whole command with a server that only pretends; nothing is left, however it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rehearsal.workspace import PREFIX, workspace
+from benchmarks.server import REPOSITORY
+
+SMALL = [sys.executable, "-m", "tests.benchmarks.rehearsal.small"]
+
+
+def command(kind: str, folder: Path, *more: str) -> list[str]:
+    return [*SMALL, kind, "--cpu", "--rounds", "1", "--folder", str(folder), *more]
+
+
+def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    files.mkdir()
+    output = tmp_path / "new" / "r.json"
+    done = subprocess.run(
+        command("FAKE", files, "--layers", "1,2,3", "--json", str(output)),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(files.iterdir()) == []
+    found = json.loads(output.read_text())
+    assert [server["layers"] for server in found["servers"]] == [1, 2, 3]
+    first = found["servers"][0]
+    # What the prompts cost is not in the steps: one call of a millisecond and 8 experts each.
+    assert first["decode"]["2"]["experts"] == 16
+    assert first["decode"]["1"]["workers"] == pytest.approx(1e-3)
+    assert first["load GB/s"] == [11.6]
+    assert found["fits"]["decode"]["1"]["layers"] == 58
+    assert "1 request: 58 ms for 58 layers, so at most 17.2 tokens/s with any card" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_while_a_server_starts_nothing_is_left(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    mark = f"REHEARSAL_{tmp_path.name}"
+    process = subprocess.Popen(
+        command("HANG", tmp_path, "--layers", "1"),
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        env={**os.environ, mark: "1"},
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(marked(mark)) < 3:  # this, the server and its child
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert [path.name for path in tmp_path.iterdir()] == [f"{PREFIX}{process.pid}"]
+        process.send_signal(number)
+        status = process.wait(60)
+    finally:
+        process.kill()
+        process.communicate()
+    assert status == 128 + number
+    assert list(tmp_path.iterdir()) == []
+    assert marked(mark) == []
+
+
+def marked(name: str) -> list[int]:
+    """Processes that have the variable."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and f"{name}=1".encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_folder_goes_when_its_program_fails_and_when_it_was_killed(tmp_path: Path) -> None:
+    finished = subprocess.Popen(["true"])
+    finished.wait()
+    killed = tmp_path / f"{PREFIX}{finished.pid}"
+    killed.mkdir()
+    other, running = tmp_path / "other", tmp_path / f"{PREFIX}1"
+    other.mkdir()
+    running.mkdir()
+    with contextlib.suppress(ZeroDivisionError), workspace(tmp_path) as folder:
+        (folder / "big").write_text("x")
+        assert not killed.exists()
+        raise ZeroDivisionError
+    assert sorted(tmp_path.iterdir()) == sorted([other, running])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "99"], "expected auto, a number of MoE layers from 1 to 58"),
+        (["--rounds", "0"], "--rounds and --resident: expected at least 1, and 0 to 255"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.rehearsal.__main__ import main
+
+    assert main(["--cpu", "--folder", str(tmp_path), *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert len(errors.splitlines()) == 1

@@ -1,0 +1,90 @@
+"""The checkpoint and the packed layers are what ``serve`` accepts and SGLang reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.rehearsal import checkpoint, packed_layers
+from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of, with_moe_layers
+from deploy.checks import Result, Situation, Status
+from deploy.checks_model import check_model, check_weights
+from deploy.config import load
+from deploy.gpu_memory import V32_CONFIG
+from deploy.machine import survey
+from examples.tiny.fp8 import dequantize_blocks
+from examples.tiny.tensors import tensor_specs
+from kt_kernel import KTMoEWrapper
+from kt_kernel.packed import SERVED_AS
+from tests.benchmarks.rehearsal import small
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_layers, "DRAWN", 1 << 22)
+    monkeypatch.setattr(checkpoint, "DRAWN", (1 << 20) - 3)
+
+
+@pytest.mark.parametrize("method", ["int4", "int4-4x8", "int8"])
+def test_each_number_of_layers_passes_the_checks_of_serve_and_loads(
+    tmp_path: Path, method: str
+) -> None:
+    most, layout = small.with_moe_layers(2), small.layout(method)
+    checkpoint.write_shards(tmp_path, most, 1)
+    packed_layers.write_layers(tmp_path, layout, list(most.moe_layers))
+    for count in (1, 2):
+        model, weights = tmp_path / f"model-{count}", tmp_path / f"weights-{count}"
+        checkpoint.write_view(model, tmp_path, small.with_moe_layers(count), 1)
+        packed_layers.write_view(weights, tmp_path, model, layout)
+        environment = {"KT_MODEL_PATH": str(model), "KT_WEIGHT_PATH": str(weights)}
+        environment |= {"KT_METHOD": SERVED_AS[method], "KT_QUANT_METHOD": method}
+        values = load(environment, [], "serve").values
+        situation = Situation(values, environment, survey())
+        results: list[Result] = [*check_model(situation), *check_weights(situation)]
+        assert [r.status for r in results] == [Status.PASS] * 2, [r.sentence() for r in results]
+        assert results[1].found == f"{count} layers of this model"
+        wrapper = KTMoEWrapper(
+            *(2 + count - 1, 256, 8, 256, 128),
+            weight_path=str(weights),
+            method=SERVED_AS[method],
+        )
+        wrapper.load_weights(torch.arange(256))
+        ids = torch.arange(8, dtype=torch.int32)[None]
+        x = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
+        # Weights of variance 1 / K keep the size of activations: neither noise nor overflow.
+        size = wrapper.forward(x, ids, torch.full((1, 8), 8**-0.5)).std()
+        assert 0.1 < size < 2
+
+
+def test_tensors_have_their_scale_and_only_resident_experts_are_written(tmp_path: Path) -> None:
+    sizes = dataclasses.replace(small.with_moe_layers(1), vocab_size=8192)
+    checkpoint.write_shards(tmp_path, sizes, 2)
+    tensors = {k: v for file in tmp_path.iterdir() for k, v in load_file(file).items()}
+    experts = {name.split(".")[5] for name in tensors if ".experts." in name}
+    assert experts == {"0", "1"}
+    for spec in tensor_specs(sizes):
+        if ".experts." in spec.name and spec.name not in tensors:
+            continue
+        value = tensors[spec.name]
+        assert tuple(value.shape) == spec.shape
+        if spec.kind == "linear":
+            value = dequantize_blocks(value, tensors[spec.name + "_scale_inv"])
+        if value.numel() > 10_000:
+            # The scale is a power of two: at most a factor of sqrt(2) off.
+            assert 0.7 < float(value.float().std()) / spec.std < 1.42, spec.name
+    # More values than were drawn go on from their beginning.
+    embedding = tensors["model.embed_tokens.weight"].flatten()
+    assert len(embedding) > checkpoint.DRAWN
+    assert torch.equal(embedding[checkpoint.DRAWN :][:99], embedding[:99])
+
+
+def test_the_sizes_are_those_of_v32() -> None:
+    config = config_of(MOE_LAYERS)
+    for name, value in V32_CONFIG.items():
+        if name not in ("num_nextn_predict_layers", "quantization_config"):
+            assert config[name] == value, name
+    assert with_moe_layers(2).moe_layers == range(3, 5)
