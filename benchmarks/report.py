@@ -1,4 +1,4 @@
-"""Results of ``bench_moe`` as Markdown: docs/performance.md's tables are made by this.
+"""Results of ``bench_moe`` and of the rehearsal as Markdown, for docs/performance.md.
 
     python -m benchmarks.report FILE.json ...     print the tables
     python -m benchmarks.report --write           renew docs/performance.md and its plots
@@ -21,6 +21,8 @@ from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
 from benchmarks.limits import Limits
 from benchmarks.plot import roofline
+from benchmarks.rehearsal import result as rehearsal
+from benchmarks.rehearsal.plot import draw
 
 SCHEMA = 1
 ROOT = Path(__file__).parents[1]
@@ -72,7 +74,20 @@ def render(results: Sequence[Json]) -> str:
     return "\n\n".join(_render_result(result) for result in results)
 
 
+def _is_rehearsal(result: Json) -> bool:
+    return bool(result.get("kind") == rehearsal.KIND)
+
+
+def _render_rehearsal(result: Json) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    lines = [f"{result['date']}, {versions}, {result['threads']} threads:", ""]
+    lines += [f"    {line}" for line in [result["command"], "", *rehearsal.answer(result)]]
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def _render_result(result: Json) -> str:
+    if _is_rehearsal(result):
+        return _render_rehearsal(result)
     machine = result["machine"]
     cache = machine["last_level_cache_bytes"] / 2**20
     lines = [
@@ -187,7 +202,8 @@ def fill(document: str, results: Path) -> str:
             text = "*Not measured yet.*"
         else:
             text = render([load(path)])
-            text += f"\n\n![Roofline]({results.name}/{found[2]}.png)"
+            picture = "Lines and one turn" if _is_rehearsal(load(path)) else "Roofline"
+            text += f"\n\n![{picture}]({results.name}/{found[2]}.png)"
         return f"{found[1]}\n{text}\n\n{found[4]}"
 
     return _MARKED.sub(section, document)
@@ -197,7 +213,10 @@ def _write() -> None:
     DOCUMENT.write_text(fill(DOCUMENT.read_text(), RESULTS))
     for path in sorted(RESULTS.glob("*.json")):
         result = load(path)
-        roofline(result["machine"], result["runs"][0], path.with_suffix(".png"))
+        if _is_rehearsal(result):
+            draw(result, path.with_suffix(".png"))
+        else:
+            roofline(result["machine"], result["runs"][0], path.with_suffix(".png"))
 
 
 def main() -> None:
