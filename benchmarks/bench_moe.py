@@ -196,7 +196,12 @@ def _better(a: limits.Limits, b: limits.Limits) -> limits.Limits:
         return x if x.best >= y.best else y
 
     int8 = {isa: best(a.int8[isa], b.int8[isa]) for isa in a.int8}
-    return limits.Limits(a.threads, best(a.read, b.read), int8)
+    # Of the cores' states, the measurement with more quiet samples says more.
+    cores = {
+        isa: max((a.cores[isa], b.cores[isa]), key=lambda found: found.quiet_share)
+        for isa in a.cores
+    }
+    return limits.Limits(a.threads, best(a.read, b.read), int8, cores)
 
 
 def _say(text: str) -> None:

@@ -116,6 +116,7 @@ def _render_run(run: Json) -> list[str]:
         f"(median {measured.read.median:.1f}); {peaks}.",
         "",
     ]
+    lines += _core_states(measured)
     rows = [row for row in run["engines"] if row.get("cells")]
     head = ["engine", *(_tokens(t) for t in tokens), "bits", "error Gaussian / t5"]
     body = []
@@ -145,6 +146,23 @@ def _render_run(run: Json) -> list[str]:
             what = f"**not measured**: {row['unavailable']}"
         lines.append(f"- {row['label']}{version}: {what}")
     return lines
+
+
+def _core_states(measured: Limits) -> list[str]:
+    """A sentence on tiles with loads, quiet cores and disturbed ones apart; nothing without AMX."""
+    cores = measured.cores.get("amx_loaded")
+    if cores is None:
+        return []
+    rates = {"on a quiet core": cores.quiet, "beside a busy hyperthread": cores.disturbed}
+    said = [
+        f"{_number(rate.median)} GOP/s {where}" for where, rate in rates.items() if rate is not None
+    ]
+    states = ", ".join(said) or "in neither state"
+    return [
+        f"Single cores, AMX with operands loaded from cache: {states}; {cores.quiet_share:.0%} of "
+        "the samples quiet.",
+        "",
+    ]
 
 
 def _is_ours(row: Json) -> bool:

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ CACHE = Path(__file__).parents[2] / ".cache" / "benchmarks"
 
 _MIN_BUFFER = 1 << 30
 _CACHES_TO_EXCEED = 6  # times the last-level cache: what stays cached of it is then little
+#: Nanoseconds of a tile load and a tile product: 7.0 on a quiet core; 22 to 25 where the core's
+#: other hyperthread works for somebody else.
+QUIET_NS, DISTURBED_NS = 8.5, 15.0
+_WATCH_ROUNDS, _WATCH_PRODUCTS = 20_000, 4  # half a millisecond; products of a round
+_WATCHED = ("amx", "amx_loaded")
 _STREAMS = (1, 2, 4)  # sequential streams of each thread; which is fastest differs by machine
 
 
@@ -48,12 +53,36 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class CoreRates:
+    """GOP/s of single cores in a call of all threads, by the state that they were in.
+
+    ``quiet`` and ``disturbed`` are of samples between two probes that both said so, None without
+    any; ``samples`` is the number of all, ``quiet_share`` the share of quiet ones.
+    """
+
+    quiet: Measured | None
+    disturbed: Measured | None
+    samples: int
+    quiet_share: float
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> CoreRates:
+        states = {name: data[name] and Measured(**data[name]) for name in ("quiet", "disturbed")}
+        return cls(**{**data, **states})
+
+
+@dataclass(frozen=True)
 class Limits:
-    """Limits with ``threads`` pinned threads: reads in GB/s, int8 in GOP/s by instruction set."""
+    """Limits with ``threads`` pinned threads: reads in GB/s, int8 in GOP/s by instruction set.
+
+    ``cores`` has the tile instructions' rates of single cores; it is empty without AMX, and in
+    older results.
+    """
 
     threads: int
     read: Measured
     int8: dict[str, Measured]
+    cores: dict[str, CoreRates] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,7 +90,8 @@ class Limits:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Limits:
         int8 = {name: Measured(**rate) for name, rate in data["int8"].items()}
-        return cls(data["threads"], Measured(**data["read"]), int8)
+        cores = {name: CoreRates.from_json(r) for name, r in data.get("cores", {}).items()}
+        return cls(data["threads"], Measured(**data["read"]), int8, cores)
 
     @property
     def peak(self) -> tuple[str, float]:
@@ -126,6 +156,17 @@ def _probe(prebuilt: Path | None) -> ctypes.CDLL:
         ctypes.c_int64,
         ctypes.c_int,
         ctypes.POINTER(ctypes.c_double),
+    ]
+    times = ctypes.POINTER(ctypes.c_double)
+    library.probe_products_watched.restype = ctypes.c_double
+    library.probe_products_watched.argtypes = [
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.c_int,
+        ctypes.c_int64,
+        ctypes.c_int,
+        ctypes.c_int64,
+        *(times, times, times),
     ]
     return library
 
@@ -196,7 +237,57 @@ def int8_peaks(threads: int, seconds: float, prebuilt: Path | None = None) -> di
     return peaks
 
 
+def core_rates(
+    before: Sequence[float], rates: Sequence[float], after: Sequence[float]
+) -> CoreRates:
+    """Samples by state; ``before`` and ``after`` each, nanoseconds of a load and a product.
+
+    A core that changed meanwhile, or was in neither state, counts in neither.
+    """
+    samples = list(zip(before, rates, after, strict=True))
+    quiet = [rate for b, rate, a in samples if max(a, b) < QUIET_NS]
+    disturbed = [rate for b, rate, a in samples if min(a, b) > DISTURBED_NS]
+    return CoreRates(
+        Measured.of(quiet) if quiet else None,
+        Measured.of(disturbed) if disturbed else None,
+        len(samples),
+        len(quiet) / len(samples),
+    )
+
+
+def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> dict[str, CoreRates]:
+    """What single cores make of tile instructions while all ``threads`` do, by their state.
+
+    Empty without AMX. A virtual machine's CPUs move over the hyperthreads of its host, so each
+    sample stands between two probes of its core.
+
+    Raises:
+        BenchmarkError: more threads than CPUs.
+    """
+    probe, cpus = _probe(prebuilt), _cpus(threads)
+    found: dict[str, CoreRates] = {}
+    index = 0
+    while (name := probe.probe_isa_name(index)) is not None:
+        if name.decode() in _WATCHED and probe.probe_isa_supported(index):
+            repeats = max(2, int(seconds / 2e-3))
+            count = repeats * threads
+            during, before, after = ((ctypes.c_double * count)() for _ in range(3))
+            operations = probe.probe_products_watched(
+                index, cpus, threads, _WATCH_ROUNDS, repeats, _WATCH_ROUNDS, during, before, after
+            )
+            _pinned(operations, threads)
+            to_ns = 1e9 / (_WATCH_ROUNDS * _WATCH_PRODUCTS)
+            found[name.decode()] = core_rates(
+                [t * to_ns for t in before],
+                [operations / t / 1e9 for t in during],
+                [t * to_ns for t in after],
+            )
+        index += 1
+    return found
+
+
 def measure(threads: int, seconds: float = 2.0, prebuilt: Path | None = None) -> Limits:
     """Both limits with ``threads`` threads; ``seconds`` for reads, a quarter for each peak."""
     read = read_bandwidth(threads, seconds, prebuilt)
-    return Limits(threads, read, int8_peaks(threads, seconds / 4, prebuilt))
+    peaks = int8_peaks(threads, seconds / 4, prebuilt)
+    return Limits(threads, read, peaks, tile_rates(threads, seconds / 4, prebuilt))

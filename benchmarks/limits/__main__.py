@@ -36,6 +36,15 @@ def main() -> None:
                     f"{rate.spread:>8.1%}",
                     flush=True,
                 )
+            for isa, cores in result.cores.items():
+                states = {"quiet core": cores.quiet, "busy sibling": cores.disturbed}
+                for state, rate in states.items():
+                    if rate is not None:
+                        print(
+                            f"{'':>7}  {f'  {isa}, {state}':<22}{rate.best:>10.1f}"
+                            f"{rate.median:>10.1f}{rate.spread:>8.1%}"
+                        )
+                print(f"{'':>7}    {cores.quiet_share:.0%} of {cores.samples} samples quiet")
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
     if args.json:

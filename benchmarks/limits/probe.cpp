@@ -207,6 +207,8 @@ constexpr Products kProducts[] = {
     {"amx_loaded", products_amx_loaded, 4 * 16 * 16 * 64 * 2.0},
 };
 
+constexpr int kWatch = 3;  // amx_loaded: what a busy hyperthread slows most
+
 bool supported(int isa) {
   __builtin_cpu_init();
   if (isa == 0) return __builtin_cpu_supports("avx2");
@@ -275,6 +277,31 @@ double probe_products(int isa, const int* cpus, int threads, int64_t rounds, int
     }
   });
   return pinned ? kProducts[isa].operations * static_cast<double>(rounds) * threads : -1;
+}
+
+// As probe_products, each thread timed by itself, and `watch_rounds` of amx_loaded before and after
+// each repeat; all times at [repeat * threads + thread]. A core whose other hyperthread works for
+// somebody else shows in the latter: loads and products then hardly overlap. Returns the operations
+// of one repeat of one thread.
+double probe_products_watched(int isa, const int* cpus, int threads, int64_t rounds, int repeats,
+                              int64_t watch_rounds, double* seconds, double* before,
+                              double* after) {
+  if (!supported(isa) || !supported(kWatch)) return 0;
+  Barrier barrier(threads);
+  const bool pinned = run_pinned(cpus, threads, [&](int t) {
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      const auto timed = [&](int which, int64_t count) {
+        const auto start = Clock::now();
+        kProducts[which].run(static_cast<uint64_t>(count));
+        return seconds_since(start);
+      };
+      barrier.wait();
+      before[repeat * threads + t] = timed(kWatch, watch_rounds);
+      seconds[repeat * threads + t] = timed(isa, rounds);
+      after[repeat * threads + t] = timed(kWatch, watch_rounds);
+    }
+  });
+  return pinned ? kProducts[isa].operations * rounds : -1;
 }
 
 }  // extern "C"

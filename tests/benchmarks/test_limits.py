@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,29 @@ def test_limits_survive_json_and_know_their_peak() -> None:
     assert found.read.spread == pytest.approx(1 / 30)
     assert Limits.from_json(found.to_json()) == found
     assert found.peak == ("amx", 4000.0)
+    cores = {"amx": limits.core_rates([7.0, 23.0], [3.0, 1.0], [7.1, 24.0])}
+    found = Limits(2, found.read, rates, cores)
+    assert Limits.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_samples_go_by_the_state_of_their_core_before_and_after() -> None:
+    before, after = [7, 7, 24, 24, 7, 12], [7, 8, 23, 7, 24, 12]
+    found = limits.core_rates(before, [3.0, 5.0, 1.0, 9.0, 9.0, 9.0], after)
+    assert (found.quiet, found.disturbed) == (Measured.of([3.0, 5.0]), Measured.of([1.0]))
+    assert (found.samples, found.quiet_share) == (6, 2 / 6)
+    assert limits.core_rates([24.0], [1.0], [24.0]).quiet is None
+
+
+def test_each_core_is_watched_while_all_work(probe: ctypes.CDLL) -> None:
+    """With AMX every time is written; without it the call says so and kills nothing."""
+    count = len(machine.allowed_cpus())
+    cpus = (ctypes.c_int * count)(*machine.allowed_cpus())
+    during, before, after = ((ctypes.c_double * (3 * count))() for _ in range(3))
+    found = probe.probe_products_watched(3, cpus, count, 1000, 3, 500, during, before, after)
+    if probe.probe_isa_supported(3):
+        assert found == 1000 * 4 * 2 * 16 * 16 * 64
+        assert min(*during, *before, *after) > 0
+        assert set(limits.tile_rates(1, 0.01)) == {"amx", "amx_loaded"}
+    else:
+        assert found == 0
+        assert limits.tile_rates(1, 0.01) == {}

@@ -105,6 +105,24 @@ def test_rounds_that_differ_are_shown_to_differ() -> None:
     assert "| **ours INT4** | 8.23 ms ±24%, 75% | 500 ms, 250 GOP/s" in report.render([result])
 
 
+def test_quiet_and_disturbed_cores_are_told_apart() -> None:
+    assert "Single cores" not in report.render([RESULT])
+    result = copy.deepcopy(RESULT)
+    rate = {"best": 3400.0, "median": 3300.0, "spread": 0.0}
+    states = {"quiet": rate, "disturbed": None, "samples": 8, "quiet_share": 0.5}
+    result["runs"][0]["limits"]["cores"] = {"amx_loaded": states}
+    assert (
+        "Single cores, AMX with operands loaded from cache: 3300 GOP/s on a quiet core; 50% of the "
+        "samples quiet." in report.render([result])
+    )
+
+
+def test_a_rehearsal_is_its_answer() -> None:
+    path = report.RESULTS / "rehearsal-h200-int4.json"
+    text = report.render([report.load(path)])
+    assert "With this machine V3.2 will" in text
+
+
 def test_a_quick_run_is_called_one() -> None:
     assert "A quick run" in report.render([RESULT | {"quick": True}])
 
