@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.rehearsal import trace
 from benchmarks.rehearsal.measures import Client
 from benchmarks.server import Server
@@ -21,7 +23,7 @@ PROFILED_STEPS = 12
 STEPS, STEPS_OF_MANY, FEW = 64, 32, 4
 START_LIMIT = 1200.0
 #: What SGLang says of the card's memory, and our wrapper of loading.
-_MEMORY_LINE = re.compile(r"mem usage=|KV size|avail(?:able)?_?.?mem", re.IGNORECASE)
+_MEMORY_LINE = re.compile(r"Load weight end|KV Cache is alloc|Memory pool end|CUDA graph end")
 _LOAD_LINE = re.compile(r"layer \d+: \d+(?: of \d+)?, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) GB/s")
 
 
@@ -53,49 +55,67 @@ def measure(
     """Serve ``layers`` MoE layers with these settings and ask; what was found, for JSON.
 
     Raises:
-        RuntimeError: the server did not start; with the end of its log.
+        RuntimeError: the server did not start, or ended; with the end of its log.
     """
-    totals = folder / f"totals-{layers}.json"
-    environment = {**settings, TOTALS_VARIABLE: str(totals)}
+    environment = {**settings, TOTALS_VARIABLE: str(totals_file(folder, layers))}
     before = card_bytes()
     server = Server(environment, folder / f"server-{layers}.log", start_limit=START_LIMIT)
     with server:
         say(f"{layers} MoE layers: ready after {server.start_seconds:.0f} s")
-        client = Client(f"http://127.0.0.1:{server.port}", totals)
-        found: dict[str, Any] = {"layers": layers, "start_seconds": server.start_seconds}
-        client.decode(1, 1, 16)  # what runs for the first time is compiled
-        client.prefill(512, 1)
-        found["decode"] = {}
-        for requests in questions.requests:
-            client.decode(requests, 1, 4)
-            steps = STEPS if requests <= FEW else STEPS_OF_MANY
-            one = client.decode(requests, questions.rounds, steps)
-            one["uniform"] = uniform_experts(requests, int(settings["KT_NUM_GPU_EXPERTS"]))
-            found["decode"][str(requests)] = one
-            say(
-                f"{layers} MoE layers, {requests} requests: a step takes "
-                f"{min(one['seconds']) * 1e3:.2f} ms at best, a layer's call "
-                f"{one['workers'] * 1e3:.2f} ms of the workers for {one['experts']:.1f} experts "
-                f"({one['uniform']:.1f} if all were as likely)"
-            )
-        found["prefill"] = {}
-        for tokens in questions.prompts:
-            rounds = questions.rounds if tokens <= 4096 else 1
-            if tokens <= 4096:
-                client.prefill(tokens, 1)
-            found["prefill"][str(tokens)] = times = client.prefill(tokens, rounds)
-            say(f"{layers} MoE layers, a prompt of {tokens}: {min(times):.3f} s at best")
-        found["memory_bytes"] = server.memory_bytes()
-        after = card_bytes()
-        found["card_bytes"] = None if before is None or after is None else after - before
-        if questions.profile:
-            found["step"] = profile(client, folder / "profile", layers)
+        try:
+            found = ask(server, layers, settings, questions, folder)
+        except httpx.HTTPError as error:
+            raise RuntimeError(f"the server does not answer ({error}):\n{server.tail()}") from None
+        if before is None or found["card_bytes"] is None:
+            found["card_bytes"] = None
+        else:
+            found["card_bytes"] -= before
         log = server.log.read_text(errors="replace")
     loads = _LOAD_LINE.findall(log)
     found["load GB/s"] = [float(rate) for _, _, rate in loads]
     found["load_seconds"] = sum(float(seconds) for _, seconds, _ in loads)
     found["log"] = [line.strip() for line in log.splitlines() if _MEMORY_LINE.search(line)]
     return found
+
+
+def ask(
+    server: Server, layers: int, settings: Mapping[str, str], questions: Questions, folder: Path
+) -> dict[str, Any]:
+    """All questions to a running server; what was found."""
+    client = Client(f"http://127.0.0.1:{server.port}", totals_file(folder, layers))
+    found: dict[str, Any] = {"layers": layers, "start_seconds": server.start_seconds}
+    client.decode(1, 1, 16)  # what runs for the first time is compiled
+    client.prefill(512, 1)
+    found["decode"] = {}
+    for requests in questions.requests:
+        client.decode(requests, 1, 4)
+        steps = STEPS if requests <= FEW else STEPS_OF_MANY
+        one = client.decode(requests, questions.rounds, steps)
+        one["uniform"] = uniform_experts(requests, int(settings["KT_NUM_GPU_EXPERTS"]))
+        found["decode"][str(requests)] = one
+        say(
+            f"{layers} MoE layers, {requests} requests: a step takes "
+            f"{min(one['seconds']) * 1e3:.2f} ms at best, a layer's call "
+            f"{one['workers'] * 1e3:.2f} ms of the workers for {one['experts']:.1f} experts "
+            f"({one['uniform']:.1f} if all were as likely)"
+        )
+    found["prefill"] = {}
+    for tokens in questions.prompts:
+        rounds = questions.rounds if tokens <= 4096 else 1
+        if tokens <= 4096:
+            client.prefill(tokens, 1)
+        found["prefill"][str(tokens)] = times = client.prefill(tokens, rounds)
+        say(f"{layers} MoE layers, a prompt of {tokens}: {min(times):.3f} s at best")
+    found["memory_bytes"] = server.memory_bytes()
+    found["card_bytes"] = card_bytes()  # before the profiler takes some
+    if questions.profile:
+        found["step"] = profile(client, folder / "profile", layers)
+    return found
+
+
+def totals_file(folder: Path, layers: int) -> Path:
+    """Where the engine writes its totals."""
+    return folder / f"totals-{layers}.json"
 
 
 def uniform_experts(requests: int, resident: int) -> float:

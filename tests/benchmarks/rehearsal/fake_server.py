@@ -1,6 +1,7 @@
 """Answers like SGLang, as far as the rehearsal asks, and counts like the engine.
 
-``fake_server.py HANG`` never gets ready, and starts a child that does not end by itself either.
+``fake_server.py HANG`` never gets ready, and starts a child that does not end by itself either;
+``DIE`` ends at the first question.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, {})
 
     def do_POST(self) -> None:
+        if sys.argv[1:] == ["DIE"]:
+            print("out of something", flush=True)
+            os._exit(1)
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         requests = len(body["input_ids"])
         steps = body["sampling_params"]["max_new_tokens"]

@@ -12,9 +12,12 @@ from benchmarks.server import Server
 from examples.tiny.config import TinySizes
 from kt_kernel.packed import PackedLayout
 
+VOCABULARY = 4096
+
 
 def with_moe_layers(count: int) -> TinySizes:
     return TinySizes(
+        vocab_size=VOCABULARY,
         hidden_size=256,
         num_hidden_layers=2 + count,
         num_nextn_predict_layers=0,
@@ -32,14 +35,14 @@ def layout(method: str) -> PackedLayout:
 def patch() -> None:
     command.with_moe_layers = with_moe_layers
     plan.v32_layout = result.v32_layout = layout
-    measures.config_of = lambda count: {"vocab_size": 4096}
+    measures.config_of = lambda count: {"vocab_size": VOCABULARY}
     packed_layers.DRAWN, checkpoint.DRAWN = 1 << 22, (1 << 20) - 3
 
 
 if __name__ == "__main__":
     patch()
     kind, *argv = sys.argv[1:]
-    if kind in ("FAKE", "HANG"):
+    if kind in ("FAKE", "HANG", "DIE"):
         fake = [sys.executable, str(Path(__file__).with_name("fake_server.py")), kind]
         variant.Server = functools.partial(Server, command=fake)
         command.limits.read_bandwidth = lambda threads, seconds: command.limits.Measured(50, 49, 0)

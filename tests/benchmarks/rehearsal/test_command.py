@@ -47,6 +47,21 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert "1 request: 58 ms for 58 layers, so at most 17.2 tokens/s with any card" in done.stdout
 
 
+def test_a_server_that_ends_is_one_error_with_its_last_words(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("DIE", tmp_path, "--layers", "1"),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: the server does not answer" in done.stderr
+    assert "out of something" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_while_a_server_starts_nothing_is_left(
     tmp_path: Path, number: signal.Signals
