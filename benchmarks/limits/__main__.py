@@ -38,11 +38,11 @@ def main() -> None:
                 )
             for isa, cores in result.cores.items():
                 states = {"quiet core": cores.quiet, "busy sibling": cores.disturbed}
-                for state, rate in states.items():
-                    if rate is not None:
+                for state, seen in states.items():
+                    if seen is not None:
                         print(
-                            f"{'':>7}  {f'  {isa}, {state}':<22}{rate.best:>10.1f}"
-                            f"{rate.median:>10.1f}{rate.spread:>8.1%}"
+                            f"{'':>7}  {f'  {isa}, {state}':<22}{seen.best:>10.1f}"
+                            f"{seen.median:>10.1f}{seen.spread:>8.1%}"
                         )
                 print(f"{'':>7}    {cores.quiet_share:.0%} of {cores.samples} samples quiet")
     except BenchmarkError as error:

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,16 +41,16 @@ class Values:
         self._codes = (drawn * CODE_STD).clamp(-448, 448).to(torch.float8_e4m3fn)
         self._floats = drawn
 
-    def codes(self, spec: TensorSpec) -> NDArray:
+    def codes(self, spec: TensorSpec) -> NDArray[Any]:
         """FP8 bits of a "linear" tensor, flat: as many as it has, or as were drawn."""
         return _from(self._codes, spec).view(torch.uint8).numpy()
 
-    def scales(self, spec: TensorSpec) -> NDArray:
+    def scales(self, spec: TensorSpec) -> NDArray[Any]:
         """The scales of its blocks, flat: the power of two that is nearest to what is wanted."""
         power = np.exp2(np.rint(np.log2(spec.std / CODE_STD)))
         return np.full(int(np.prod(spec.scale_shape)), power, np.float32)
 
-    def plain(self, spec: TensorSpec) -> NDArray:
+    def plain(self, spec: TensorSpec) -> NDArray[Any]:
         """Values of another tensor, as the codes; bf16 as its bits."""
         floats = _from(self._floats, spec) * spec.std + spec.center
         if spec.kind == "f32":
@@ -102,7 +103,7 @@ def _write_shard(path: Path, specs: list[TensorSpec], values: Values) -> None:
             data = values.codes(spec) if spec.kind == "linear" else values.plain(spec)
             left = entries[spec.name].nbytes
             while left:
-                left -= file.write(memoryview(data).cast("B")[:left])
+                left -= file.write(data.view(np.uint8).data[:left])
             if spec.kind == "linear":
                 file.write(values.scales(spec).data)
 

@@ -15,9 +15,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.machine import allowed_cpus
 from benchmarks.rehearsal import packed_layers, plan
@@ -39,7 +41,8 @@ def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
     def part(name: str, expert: int, dtype: type) -> np.ndarray:
         size = specs[name].nbytes // layout.num_experts
         offset = header.tensors[name].begin + expert * size
-        data = np.fromfile(path, dtype, size // np.dtype(dtype).itemsize, offset=offset)
+        count = size // np.dtype(dtype).itemsize
+        data: NDArray[Any] = np.fromfile(path, dtype, count, offset=offset)
         return data.reshape(specs[name].shape[1:])
 
     def expert(index: int) -> Weights:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,9 +60,9 @@ def _write_layer(
                     offset = 0 if left else (offset + len(part_of)) % DRAWN
 
 
-def _write(file: int, data: NDArray) -> None:
+def _write(file: int, data: NDArray[Any]) -> None:
     """All of it: one call of the system writes 2 GiB at most."""
-    rest = memoryview(data).cast("B")
+    rest = data.reshape(-1).view(np.uint8).data
     while rest:
         rest = rest[os.write(file, rest) :]
 

@@ -133,7 +133,8 @@ def profile(client: Client, folder: Path, layers: int) -> dict[str, Any] | None:
     step = trace.analyse(trace.read(path), layers, 2 * V32_CONFIG["hidden_size"])
     if step is None:
         say("the profile shows no layer calls: the parts of a step are not known")
-    return step and step.to_json()
+        return None
+    return step.to_json()
 
 
 def card_bytes() -> int | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import sys
 from pathlib import Path
+from types import ModuleType
 
+from benchmarks import limits
 from benchmarks.rehearsal import __main__ as command
 from benchmarks.rehearsal import checkpoint, measures, packed_layers, plan, result, variant
 from benchmarks.server import Server
@@ -32,11 +34,18 @@ def layout(method: str) -> PackedLayout:
     return PackedLayout(256, 256, 128, method)
 
 
+def replace(module: ModuleType, name: str, value: object) -> None:
+    assert hasattr(module, name)
+    setattr(module, name, value)
+
+
 def patch() -> None:
-    command.with_moe_layers = with_moe_layers
-    plan.v32_layout = result.v32_layout = layout
-    measures.config_of = lambda count: {"vocab_size": VOCABULARY}
+    """Small sizes in place of V3.2's."""
     packed_layers.DRAWN, checkpoint.DRAWN = 1 << 22, (1 << 20) - 3
+    replace(command, "with_moe_layers", with_moe_layers)
+    replace(plan, "v32_layout", layout)
+    replace(result, "v32_layout", layout)
+    replace(measures, "config_of", lambda count: {"vocab_size": VOCABULARY})
 
 
 if __name__ == "__main__":
@@ -44,6 +53,6 @@ if __name__ == "__main__":
     kind, *argv = sys.argv[1:]
     if kind in ("FAKE", "HANG", "DIE"):
         fake = [sys.executable, str(Path(__file__).with_name("fake_server.py")), kind]
-        variant.Server = functools.partial(Server, command=fake)
-        command.limits.read_bandwidth = lambda threads, seconds: command.limits.Measured(50, 49, 0)
+        replace(variant, "Server", functools.partial(Server, command=fake))
+        replace(limits, "read_bandwidth", lambda threads, seconds: limits.Measured(50, 49, 0))
     sys.exit(command.main(argv))
