@@ -188,8 +188,8 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   const std::string_view number(argv[2]);
   int calls = 0;
-  const auto [end, error] = std::from_chars(number.begin(), number.end(), calls);
-  if (error != std::errc() || end != number.end() || calls < 1) return 2;
+  const auto [end, code] = std::from_chars(number.begin(), number.end(), calls);
+  if (code != std::errc() || end != number.end() || calls < 1) return 2;
   try {
     run(argv[1], calls);
   } catch (const std::exception& error) {
