@@ -63,7 +63,7 @@ def load(path: Path) -> Json:
         raise BenchmarkError(
             f"{path} has schema {found}, expected {SCHEMA}: run bench_moe --json again"
         )
-    for run in result["runs"]:
+    for run in result.get("runs", []):  # a rehearsal has none
         for row in run["engines"]:
             row["label"] = _LABELS.get(row["key"], row["label"])
     return result
