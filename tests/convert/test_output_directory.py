@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from convert import verify
 from convert.output import OutputDirectory
 from kt_kernel.errors import UserError
 from tests.convert.fake_checkpoint import fake_checkpoint
@@ -78,6 +79,17 @@ def test_without_manifest_a_flipped_bit_is_found_and_the_layer_redone(
     lines = convert(source, output)
     assert any(str(victim) in line and "checksum" in line for line in lines)
     assert directory_content(output) == directory_content(converted)
+
+
+def test_a_layer_that_fails_its_proof_has_no_final_name(
+    source: Path, tmp_path: Path, convert_fails: ConvertFails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, *_: object) -> None:
+        raise UserError(f"{path} is wrong")
+
+    monkeypatch.setattr(verify, "verify_layer_file", fail)
+    assert "layer-001.safetensors" in convert_fails(source, tmp_path / "out")
+    assert not list(tmp_path.glob("out/layer-*"))
 
 
 def test_leftovers_of_a_killed_run_are_removed(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from convert import writer as writer_module
 from convert.workers import StopRequest
-from convert.writer import RAW_TYPES, LayerWriter, file_bytes, layer_header
+from convert.writer import RAW_TYPES, LayerWriter, file_bytes, hash_range, layer_header
 from kt_kernel.packed import PackedLayout
 from tests.convert.helpers import raw_bits
 
@@ -64,6 +68,46 @@ def test_public_library_reads_it(
     with safe_open(path, framework="pt") as file:
         assert file.metadata()["text"] == 'ü"\\'
         assert set(json.loads(file.metadata()["tensor_sha256"])) == set(tensors)
+
+
+def test_contents_and_then_the_name_are_flushed(
+    tmp_path: Path, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves: nothing under the final name but a whole file, and that for good."""
+    layout = PackedLayout(1, 64, 64, "int8")
+    done: list[object] = []
+    fsync, replace, pwrite = os.fsync, os.replace, os.pwrite
+
+    def noted(operation: Callable[..., Any], note: Callable[..., object]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            done.append(note(*args))
+            return operation(*args)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", noted(fsync, lambda fd: os.fstat(fd).st_ino))
+    monkeypatch.setattr(os, "replace", noted(replace, lambda source, target: "renamed"))
+    monkeypatch.setattr(os, "pwrite", noted(pwrite, lambda *_: "written"))
+    path = tmp_path / "layer-001.safetensors"
+    with LayerWriter(path, layout, {}) as writer:
+        fill(writer, random_tensors(layout))
+        writer.seal(pool, StopRequest())
+        writer.publish()
+    last_write = len(done) - done[::-1].index("written")
+    assert done[last_write:] == [path.stat().st_ino, "renamed", tmp_path.stat().st_ino]
+
+
+@pytest.mark.parametrize("size", [1000, 1024])
+def test_digest_of_a_range_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Whole chunks and a part of one, with other bytes before and behind."""
+    monkeypatch.setattr(writer_module, "_CHUNK", 256)
+    data = np.random.default_rng(0).bytes(2000)
+    (tmp_path / "data").write_bytes(data)
+    with (tmp_path / "data").open("rb") as file:
+        found = hash_range(file.fileno(), 100, 100 + size, StopRequest())
+    assert found == hashlib.sha256(data[100 : 100 + size]).hexdigest()
 
 
 def test_header_length_does_not_depend_on_checksums() -> None:

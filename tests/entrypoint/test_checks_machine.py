@@ -288,6 +288,9 @@ def test_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = one(check, tmp_path, with_gpu(T4))
     assert (result.status, result.found) == (Status.FAIL, "one for CUDA 12.2 (version 535.1)")
     assert "as the installed torch is built for 13.0" in result.expected
+    # Minor versions are compatible: a driver for 13.0 runs what is built for 13.1.
+    monkeypatch.setattr("deploy.checks_gpu.torch_cuda_version", lambda: (13, 1))
+    assert one(check, tmp_path, with_gpu(H200)).status is Status.PASS
     monkeypatch.setattr("deploy.checks_gpu.torch_cuda_version", lambda: None)
     assert list(check(situation(tmp_path))) == []
 

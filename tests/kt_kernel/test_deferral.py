@@ -122,6 +122,13 @@ def test_the_parts_are_the_bits_of_whole_calls(
             assert torch.equal(run(wrapper, *batch(tokens, i, dtype)), wanted[i])
 
 
+def test_no_more_than_all_are_deferred(layers: list[RandomLayer]) -> None:
+    """The setting knows no model: it may be larger than the model's top-k."""
+    want = [run(wrapper, *batch(3, i)) for i, wrapper in enumerate(wrappers(layers, SHAPE.top_k))]
+    for i, wrapper in enumerate(wrappers(layers, SHAPE.top_k + 1)):
+        assert torch.equal(run(wrapper, *batch(3, i)), want[i])
+
+
 def test_none_is_exact(layers: list[RandomLayer]) -> None:
     for number in (None, 0):
         for i, wrapper in enumerate(wrappers(layers, number)):

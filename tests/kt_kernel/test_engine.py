@@ -162,13 +162,14 @@ def test_totals_count_each_call_once(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "totals.json").read_text()) == totals
 
 
-def test_idle_workers_take_no_cpu_time() -> None:
-    wrapper = RandomLayer(LAYERS[0]).wrapper("int4")
-    wrapper.forward(*random_batch(LAYERS[0], 10), 0)
+def test_idle_workers_take_no_cpu_time_and_are_woken() -> None:
+    wrapper, batch = RandomLayer(LAYERS[0]).wrapper("int4"), random_batch(LAYERS[0], 10)
+    want = wrapper.forward(*batch, 0)
     time.sleep(0.1)  # they spin a little before they sleep
     before = time.process_time()
     time.sleep(2)
     assert time.process_time() - before < 0.02
+    assert torch.equal(wrapper.forward(*batch, 0), want)
 
 
 @pytest.mark.parametrize("slices", [1, 2])

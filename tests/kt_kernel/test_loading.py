@@ -8,6 +8,7 @@ import logging
 import mmap
 import os
 import re
+import resource
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_weights_are_in_memory_once(on_disk: Path, slices: int) -> None:
     weights = path.stat().st_size // 2
     assert 0.98 * weights < added < 1.05 * weights + (8 << 20)  # huge pages at the edges
     assert cached_pages(path) == 0
+
+
+def test_the_thread_that_loads_touches_no_weights(tmp_path: Path) -> None:
+    """A page lies on the node of the thread that is first to write to it: a worker of its slice."""
+    layout = packed.PackedLayout(4, 512, 512, "int8")  # 3 MB: too little for huge pages
+    write_random_layer(tmp_path, layout)
+    wrapper = wrapper_of(tmp_path, layout)
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    wrapper.load_weights(torch.arange(4))
+    touched = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+    assert touched < (tmp_path / packed.layer_file_name(0)).stat().st_size / 4096 / 4
 
 
 def test_a_truncated_file_is_one_clear_error(

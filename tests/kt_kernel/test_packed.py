@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -76,6 +77,17 @@ def test_tensor_missing_or_of_another_shape(tmp_path: Path) -> None:
     path = write_layer(tmp_path / "b", layout, 5, reshape="up.scales")
     with pytest.raises(UserError, match=r"up\.scales is BF16 \[\d+\], expected BF16 \[4, 64"):
         packed.check_layer_header(packed.read_header(path), layout, 5)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_tensor_of_another_length_than_its_shape(tmp_path: Path, more: int) -> None:
+    layout = LAYOUTS["int8"]
+    header = packed.read_header(write_layer(tmp_path, layout, 5))
+    entry = header.tensors["up.codes"]
+    changed = dataclasses.replace(entry, end=entry.end + more)
+    header = dataclasses.replace(header, tensors={**header.tensors, "up.codes": changed})
+    with pytest.raises(UserError, match=r"tensor up\.codes spans \d+ bytes, expected \d+: convert"):
+        packed.check_layer_header(header, layout, 5)
 
 
 def test_files_that_are_not_safetensors(tmp_path: Path) -> None:

@@ -127,6 +127,19 @@ def test_bad_expert_map(tmp_path: Path, sources: list[int]) -> None:
         wrapper.load_weights(torch.tensor(sources))
 
 
+def test_experts_on_the_gpu_are_those_of_its_slots() -> None:
+    """With a map, slot 0 is on the GPU whatever expert it holds, and all others are here."""
+    layer = RandomLayer(SHAPE)
+    wrapper = layer.wrapper("int8", num_gpu_experts=1)
+    order = torch.tensor([2, 0, 3, 1])
+    wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.down, order)
+    weights_of = layer.packed("int8")
+    experts = {slot: weights_of[e] for slot, e in enumerate(order.tolist()) if slot != 0}
+    x, ids, weights = random_batch(SHAPE, 6)
+    want = reference.moe(x.numpy(), ids.numpy(), weights.numpy(), experts, True)
+    reference.assert_same(wrapper.forward(x, ids, weights, 0), want)
+
+
 def test_bad_tensors() -> None:
     layer = RandomLayer(SHAPE)
     wrapper = KTMoEWrapper(**ARGUMENTS)
