@@ -53,13 +53,6 @@ def test_a_combination_is_valid(engine: Engine, overrides: tuple[str, ...]) -> N
             assert environment["KT_TOOL_CALL_PARSER"] == "none"
 
 
-def test_each_stage_waits_for_the_success_of_the_one_before(engine: Engine) -> None:
-    services = configuration(engine, ())
-    for earlier, later in itertools.pairwise(("gpu", *STAGES)):
-        condition = services[later]["depends_on"][earlier]["condition"]
-        assert condition == "service_completed_successfully"
-
-
 def test_every_setting_reaches_the_stages_that_read_it(engine: Engine) -> None:
     """A value in the shell arrives, and without one the table's default holds."""
     handled = {"KT_HOST", "KT_RUN_DIR", "HF_HOME"}
