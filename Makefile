@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: compose-there help venv demo tiny quality test test-fast test-system test-all sanitize numa-test amx-test amx-report gpu-test \
-        lint style tidy types docs docs-check bench rehearsal lock download convert serve check smoke health status doctor \
+        lint style tidy types mutants docs docs-check bench rehearsal lock download convert serve check smoke health status doctor \
         clean clean-demo image image-test up up-cpu down logs ps chat
 
 help: ## list the targets
@@ -145,6 +145,9 @@ test-all: test test-system ## all tests
 
 sanitize: venv ## threads and CUDA stream calls under ThreadSanitizer and AddressSanitizer, at length
 	KT_STRESS_CALLS=$${KT_STRESS_CALLS:-20000} $(BIN)/python -m pytest -m sanitizer tests/sanitizers
+
+mutants: venv ## are the tests sharp? which test finds each of 40 small faults, one at a time in a copy; ONLY=id,...: some
+	nice -n 10 $(BIN)/python -m tests.mutants $(if $(ONLY),--only $(ONLY))
 
 numa-test: venv ## placement on two NUMA nodes, in an emulated machine; needs the package qemu-system-x86
 	@command -v qemu-system-x86_64 >/dev/null || \
