@@ -20,4 +20,7 @@ _Loader.add_constructor("!reset", lambda loader, node: None)
 def services(name: str = "docker-compose.yml") -> dict[str, dict[str, Any]]:
     """The services of one file, its own anchors resolved."""
     # The loader is PyYAML's safe one.
-    return yaml.load((REPOSITORY / name).read_text(), _Loader)["services"]
+    found: dict[str, dict[str, Any]] = yaml.load((REPOSITORY / name).read_text(), _Loader)[
+        "services"
+    ]
+    return found

@@ -56,7 +56,7 @@ def read_table(path: Path = TABLE) -> list[Fault]:
     Raises:
         ValueError: an entry lacks a key, has an unknown one, changes nothing, or its id is taken.
     """
-    faults = []
+    faults: list[Fault] = []
     for entry in tomllib.loads(path.read_text())["fault"]:
         try:
             fault = Fault(**{**entry, "tests": tuple(entry["tests"])})
