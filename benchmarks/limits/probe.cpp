@@ -301,7 +301,7 @@ double probe_products_watched(int isa, const int* cpus, int threads, int64_t rou
       after[repeat * threads + t] = timed(kWatch, watch_rounds);
     }
   });
-  return pinned ? kProducts[isa].operations * rounds : -1;
+  return pinned ? kProducts[isa].operations * static_cast<double>(rounds) : -1;
 }
 
 }  // extern "C"
