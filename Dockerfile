@@ -128,7 +128,7 @@ RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
 COPY CMakeLists.txt pyproject.toml ./
 COPY csrc csrc
 COPY tests tests
-RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel tests/amx
+RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel
 
 # ---- router: what compose/replicas.yml puts before several servers -------------------------------
 FROM base AS router

@@ -29,7 +29,7 @@ override STRICT := $(filter-out 0 false,$(STRICT))
 export STRICT
 BUILT  := $(VENV)/.built$(STRICT:%=-strict)
 
-venv: $(BUILT) ## install all packages into .venv and build the extension; STRICT=1: without warnings
+venv: $(BUILT) $(VENV)/.bytecode ## install all packages into .venv and build the extension; STRICT=1: without warnings
 
 $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -43,6 +43,12 @@ $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
+	touch $@
+
+# Else each of a server's three processes compiles what it imports when the first one starts. It only
+# saves time, so a failure is for those to report who need the import.
+$(VENV)/.bytecode: $(VENV)/.installed
+	-$(BIN)/python -W ignore -c 'import sglang.launch_server, sglang.srt.managers.scheduler' >/dev/null 2>&1
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)

@@ -74,6 +74,8 @@ def test_stopped_while_a_server_starts_nothing_is_left(
         env={**os.environ, mark: "1"},
         text=True,
         start_new_session=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 120
