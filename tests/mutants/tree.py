@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import sysconfig
@@ -101,8 +100,8 @@ class Tree:
         paths = {"base": str(folder), "platbase": str(folder)}
         packages = Path(sysconfig.get_path("purelib", "venv", paths))
         # Folders that a .pth file names are searched, but .pth files in them are not read.
-        lines = [str(self.path), *site.getsitepackages()]
-        (packages / "copy.pth").write_text("\n".join(lines) + "\n")
+        installed = [path for path in sys.path if Path(path).name == "site-packages"]
+        (packages / "copy.pth").write_text("\n".join([str(self.path), *installed]) + "\n")
         shutil.copy2(Path(__file__).with_name("recorder.py"), packages / f"{RECORDER}.py")
         (self._folder / "tmp").mkdir(exist_ok=True)
 
