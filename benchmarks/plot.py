@@ -9,8 +9,8 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.limits import Limits
 
 
-def roofline(machine: dict[str, Any], run: dict[str, Any], path: Path) -> None:
-    """Draw a run of ``bench_moe`` into a PNG.
+def load_pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files.
 
     Raises:
         BenchmarkError: matplotlib is not installed.
@@ -23,6 +23,17 @@ def roofline(machine: dict[str, Any], run: dict[str, Any], path: Path) -> None:
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    return pyplot
+
+
+def roofline(machine: dict[str, Any], run: dict[str, Any], path: Path) -> None:
+    """Draw a run of ``bench_moe`` into a PNG.
+
+    Raises:
+        BenchmarkError: matplotlib is not installed.
+    """
+    pyplot = load_pyplot()
 
     measured = Limits.from_json(run["limits"])
     figure, axes = pyplot.subplots(figsize=(9, 6), dpi=110)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.plot import load_pyplot
 from benchmarks.rehearsal.sizes import MOE_LAYERS
 
 _COLOURS = {"kernels": "tab:blue", "copies": "tab:orange", "CPU experts": "tab:green"}
@@ -17,14 +17,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     Raises:
         BenchmarkError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise BenchmarkError(
-            "matplotlib is missing: install requirements/bench.txt, or leave the plot out"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     figure, (decode, prefill, turn) = pyplot.subplots(1, 3, figsize=(16, 5), dpi=100)
     for axes, part, title, unit in (
