@@ -211,7 +211,7 @@ def kill_at_random(project: Project, service: str, within: float, source: random
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as starting:
-        delay = source.uniform(0.1, within)
+        delay = source.uniform(min(0.1, within / 2), within)
         container = _wait_until_started(project, service)
         time.sleep(delay)
         container.reload()

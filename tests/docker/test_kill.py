@@ -47,12 +47,19 @@ def test_killed_three_times_ends_with_the_same_bytes(
     expected, seconds = undisturbed
     victim = project("tests/docker/slow-hub.yml")
     source = random.Random()
-    if stage == "convert":
-        victim.up("download")
-        assert victim.container("download").wait()["StatusCode"] == 0
-    met = [kill_at_random(victim, stage, seconds[stage] * 0.6, source) for _ in range(KILLS)]
+    within = seconds[stage] * 0.6
+    met: list[str] = []
+    # Where the undisturbed run was slower, as beside other tests, the stage may be over before any
+    # kill: then all begins anew, with earlier ones.
+    while not any("killed" in each for each in met):
+        assert within > 0.02, met
+        victim.down(volumes=True)
+        if stage == "convert":
+            victim.up("download")
+            assert victim.container("download").wait()["StatusCode"] == 0
+        met = [kill_at_random(victim, stage, within, source) for _ in range(KILLS)]
+        within /= 2
     measured.append(f"kill -9 of {stage}: " + "; ".join(met))
-    assert any("killed" in each for each in met), met
     victim.up(stage)
     assert victim.container(stage).wait()["StatusCode"] == 0, victim.logs(stage)
     assert victim.digests("models") == expected["models"]
