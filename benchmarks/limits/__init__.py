@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,6 +213,15 @@ def read_bandwidth(threads: int, seconds: float, prebuilt: Path | None = None) -
     return Measured.of(rates(streams, passes))
 
 
+def _instruction_sets(probe: ctypes.CDLL) -> Iterator[tuple[int, str]]:
+    """The probe's number and name of each instruction set that runs here."""
+    index = 0
+    while (name := probe.probe_isa_name(index)) is not None:
+        if probe.probe_isa_supported(index):
+            yield index, name.decode()
+        index += 1
+
+
 def int8_peaks(threads: int, seconds: float, prebuilt: Path | None = None) -> dict[str, Measured]:
     """GOP/s of int8 products of every instruction set that runs here, about ``seconds`` for each.
 
@@ -223,17 +232,14 @@ def int8_peaks(threads: int, seconds: float, prebuilt: Path | None = None) -> di
     """
     probe, cpus = _probe(prebuilt), _cpus(threads)
     peaks: dict[str, Measured] = {}
-    index = 0
-    while (name := probe.probe_isa_name(index)) is not None:
-        if probe.probe_isa_supported(index):
-            repeats = 10
-            times = (ctypes.c_double * repeats)()
-            probe.probe_products(index, cpus, threads, 100_000, repeats, times)  # warm up, size
-            rounds = max(1000, int(100_000 * seconds / repeats / min(times)))
-            found = probe.probe_products(index, cpus, threads, rounds, repeats, times)
-            operations = _pinned(found, threads)
-            peaks[name.decode()] = Measured.of([operations / t / 1e9 for t in times])
-        index += 1
+    for index, name in _instruction_sets(probe):
+        repeats = 10
+        times = (ctypes.c_double * repeats)()
+        probe.probe_products(index, cpus, threads, 100_000, repeats, times)  # warm up, size
+        rounds = max(1000, int(100_000 * seconds / repeats / min(times)))
+        found = probe.probe_products(index, cpus, threads, rounds, repeats, times)
+        operations = _pinned(found, threads)
+        peaks[name] = Measured.of([operations / t / 1e9 for t in times])
     return peaks
 
 
@@ -266,9 +272,8 @@ def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> di
     """
     probe, cpus = _probe(prebuilt), _cpus(threads)
     found: dict[str, CoreRates] = {}
-    index = 0
-    while (name := probe.probe_isa_name(index)) is not None:
-        if name.decode() in _WATCHED and probe.probe_isa_supported(index):
+    for index, name in _instruction_sets(probe):
+        if name in _WATCHED:
             repeats = max(2, int(seconds / 2e-3))
             count = repeats * threads
             during, before, after = ((ctypes.c_double * count)() for _ in range(3))
@@ -277,12 +282,11 @@ def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> di
             )
             _pinned(operations, threads)
             to_ns = 1e9 / (_WATCH_ROUNDS * _WATCH_PRODUCTS)
-            found[name.decode()] = core_rates(
+            found[name] = core_rates(
                 [t * to_ns for t in before],
                 [operations / t / 1e9 for t in during],
                 [t * to_ns for t in after],
             )
-        index += 1
     return found
 
 
