@@ -149,6 +149,11 @@ def layer_file_name(layer_idx: int) -> str:
     return f"layer-{layer_idx:03d}.safetensors"
 
 
+def is_last_layer(path: Path) -> bool:
+    """Whether a layer's file is that of the last layer in its folder."""
+    return path.name == max(file.name for file in path.parent.glob("layer-*.safetensors"))
+
+
 def header_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file's bytes before the data of these tensors, which follow in their order.
 

@@ -209,6 +209,10 @@ class KTMoEWrapper:
         started = time.monotonic()
         path = self._read_file(sources)
         self._loaded = sources
+        if packed.is_last_layer(path):
+            # No layer comes after it to whose output its experts could be added. SGLang 0.5.16 does
+            # not find out how many layers there are, and asks the last one to defer, too.
+            self._num_deferred = 0
         line = load_progress(path.parent).line(
             self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from kt_kernel import KTMoEWrapper
 from kt_kernel.errors import UserError
 from tests import reference
+from tests.kt_kernel.files import LAYOUTS, write_layer
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LayerShape
 
@@ -135,6 +137,32 @@ def test_none_is_exact(layers: list[RandomLayer]) -> None:
             x, ids, weights = batch(9, i)
             want = layers[i].wrapper("int8", num_gpu_experts=RESIDENT).forward(x, ids, weights, 0)
             assert torch.equal(run(wrapper, x, ids, weights), want)
+
+
+def test_the_last_layer_of_a_folder_defers_nothing(tmp_path: Path) -> None:
+    """SGLang 0.5.16 asks it to; what it deferred would be lost, and no second graph captured."""
+    layout = LAYOUTS["int8"]
+    deferring = []
+    for index in (FIRST, FIRST + 1):
+        write_layer(tmp_path, layout, index)
+    for index in (FIRST, FIRST + 1):
+        wrapper = KTMoEWrapper(
+            index,
+            layout.num_experts,
+            2,
+            layout.hidden_size,
+            layout.intermediate_size,
+            num_gpu_experts=0,
+            cpuinfer_threads=1,
+            weight_path=str(tmp_path),
+            method="AMXINT8",
+            max_deferred_experts_per_token=1,
+        )
+        wrapper.load_weights(torch.arange(layout.num_experts))
+        x, ids, weights = torch.ones(1, 256), torch.tensor([[0, 1]]), torch.ones(1, 2)
+        wrapper.forward(x, ids.int(), weights)
+        deferring.append(KTMoEWrapper._deferred is not None)
+    assert deferring == [True, False]
 
 
 def test_a_pass_that_was_not_finished_leaves_nothing(layers: list[RandomLayer]) -> None:
