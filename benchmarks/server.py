@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -147,6 +148,16 @@ class Server:
                 if line.startswith("Pss:"):
                     total += int(line.split()[1]) * 1024
         return total
+
+    def held(self) -> dict[str, int]:
+        """``threads`` and open ``files`` of the server's processes."""
+        threads = files = 0
+        for process in group_members(self._process.pid):
+            folder = Path(f"/proc/{process}")
+            with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                threads += len(list((folder / "task").iterdir()))
+                files += len(list((folder / "fd").iterdir()))
+        return {"threads": threads, "files": files}
 
     def generate(self, input_ids: list[int], new_tokens: int, **options: Any) -> dict[str, Any]:
         """SGLang's native endpoint, greedy, ``new_tokens`` whatever they are."""

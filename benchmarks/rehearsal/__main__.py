@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from deploy.argv import resolve
 from deploy.config import load
 from deploy.limits import read_memory
 from deploy.machine import survey
+from deploy.settings import TABLE
 from examples.tiny.tokenizer import build_tokenizer, write_tokenizer
 from kt_kernel.errors import UserError
 from kt_kernel.packed import METHODS, SERVED_AS
@@ -32,8 +34,9 @@ CACHE = REPOSITORY / ".cache" / "rehearsal"
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 REQUESTS = (1, 4, 8, 16, 32)
 PROMPTS_ON_CPU, REQUESTS_ON_CPU = (32, 128), (1, 2)
-#: Seconds of reads before the servers and after them.
+#: Seconds of reads before the servers and after each.
 READ_SECONDS = 3.0
+Reads = dict[str, limits.Measured]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -49,6 +52,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts", type=int, nargs="*", help=f"tokens ({' '.join(map(str, PROMPTS))})")
     add("--requests", type=int, nargs="+", help=f"that decode ({' '.join(map(str, REQUESTS))})")
     add("--rounds", type=int, default=3, help="of each measurement (3)")
+    add("--soak", type=float, default=0, help="minutes under load, of the most layers (0)")
     add("--no-profile", action="store_true", help="do not take a decode step apart")
     add("--folder", type=Path, help="for the files; default: memory (/dev/shm), else .cache")
     add("--memory", type=float, help="GB of memory there are, where the kernel tells too little")
@@ -121,12 +125,10 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
     values = _values(settings)
     chosen = plan.choose(args.layers, room, args.method, args.resident, values, gpu is None)
     with workspace(chosen.folder) as folder:
-        before = limits.read_bandwidth(here.usable_cpus, READ_SECONDS)
-        variant.say(
-            f"reads {before.best:.1f} GB/s; {_list(chosen.counts)} MoE layers, files in {folder}"
-        )
-        servers = _serve(args, chosen, settings, folder, gpu is None)
-        after = limits.read_bandwidth(here.usable_cpus, READ_SECONDS)
+        reads: Reads = {}
+        _read("before", here.usable_cpus, reads)
+        variant.say(f"{_list(chosen.counts)} MoE layers, files in {folder}")
+        servers = _serve(args, chosen, settings, folder, here.usable_cpus, reads)
     found: dict[str, Any] = {
         "schema": result.SCHEMA,
         "kind": result.KIND,
@@ -138,7 +140,8 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         "threads": values["KT_CPUINFER"],
         "method": args.method,
         "resident": args.resident,
-        "reads GB/s": {"before": vars(before), "after": vars(after)},
+        "settings": _changed_settings(settings),
+        "reads GB/s": {when: vars(rate) for when, rate in reads.items()},
         "servers": servers,
     }
     if args.memory is not None:
@@ -158,10 +161,12 @@ def _serve(
     chosen: plan.Plan,
     settings: Mapping[str, str],
     folder: Path,
-    on_cpu: bool,
+    cpus: int,
+    reads: Reads,
 ) -> list[dict[str, Any]]:
-    """Make the files and measure each number of layers."""
+    """Make the files and measure each number of layers, and after each the read bandwidth."""
     started = time.monotonic()
+    on_cpu = settings["KT_DEVICE"] == "cpu"
     most = with_moe_layers(chosen.counts[-1])
     layout = plan.v32_layout(args.method)
     shards, layers = folder / "shards", folder / "layers"
@@ -195,10 +200,28 @@ def _serve(
             "KT_WEIGHT_PATH": str(view / "weights"),
             "KT_RUN_DIR": str(view / "run"),
         }
-        servers.append(variant.measure(count, {**settings, **paths}, questions, view))
+        load = args.soak if count == chosen.counts[-1] else 0.0
+        asked = replace(questions, soak=load)
+        servers.append(variant.measure(count, {**settings, **paths}, asked, view))
+        _read(f"after {count}", cpus, reads)
         if args.json:  # if the next one fails, this is not lost
             _write(_partial(args.json), {"servers": servers})
     return servers[::-1]
+
+
+def _read(when: str, cpus: int, reads: Reads) -> None:
+    """Measure the read bandwidth once more, which on a shared machine changes by the minute."""
+    reads[when] = found = limits.read_bandwidth(cpus, READ_SECONDS)
+    variant.say(f"reads {found.best:.1f} GB/s")
+
+
+def _changed_settings(own: Mapping[str, str]) -> dict[str, str]:
+    """Settings of the environment that reach the servers, which this command does not choose."""
+    return {
+        setting.name: os.environ[setting.name]
+        for setting in TABLE
+        if setting.name in os.environ and setting.name not in own and not setting.secret
+    }
 
 
 def _values(settings: Mapping[str, str]) -> dict[str, Any]:

@@ -23,17 +23,28 @@ TIMEOUT = 1200.0
 _SETTLED = 0.3
 
 
+def random_prompt(rng: random.Random, tokens: int) -> list[int]:
+    """Random ids, none of a control token."""
+    return [rng.randrange(1000, config_of(1)["vocab_size"] - 1000) for _ in range(tokens)]
+
+
 @dataclass
 class Client:
-    """Asks the server at ``url``; prompts are random, so that none begins like one before."""
+    """Asks a server at ``url``; prompts are random, so that none begins like one before.
+
+    Attributes:
+        layers: MoE layers that it has.
+        totals: file in which its engine counts.
+    """
 
     url: str
+    layers: int
     totals: Path
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def prompt(self, tokens: int) -> list[int]:
         """Random ids, none of a control token."""
-        return [self.rng.randrange(1000, config_of(1)["vocab_size"] - 1000) for _ in range(tokens)]
+        return random_prompt(self.rng, tokens)
 
     def seconds(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
         """Seconds until all of these prompts, sent together, have that many new tokens."""
@@ -75,13 +86,13 @@ class Client:
         """A decode step of so many requests, from answers that differ in length.
 
         Returns:
-            ``seconds`` of a step, once for each round; and of one layer's call in these steps the
-            mean number of ``experts`` read, and seconds: ``prepare`` until the workers have it,
-            ``workers`` until they are through.
+            ``seconds`` of a step, once for each round; and of a layer's calls in a step, two where
+            experts are deferred, the mean number of ``experts`` read, and seconds: ``prepare``
+            until the workers have them, ``workers`` until they are through.
         """
         shorts: list[float] = []
         longs: list[float] = []
-        counted = dict.fromkeys(("calls", "experts", "prepare_ns", "workers_ns"), 0)
+        counted = dict.fromkeys(("experts", "prepare_ns", "workers_ns"), 0)
         for _ in range(rounds):
             before = self.engine_totals()
             shorts.append(self.seconds([self.prompt(PROMPT) for _ in range(requests)], SHORT))
@@ -92,13 +103,13 @@ class Client:
             after = self.engine_totals()
             for name in counted:
                 counted[name] += after[name] - 2 * between[name] + before[name]
-        calls = max(1, counted["calls"])
+        turns = self.layers * rounds * steps
         return {
             # One stall of a short answer would make a step of the long one beside it too short.
             "seconds": [(long - min(shorts)) / steps for long in longs],
-            "experts": counted["experts"] / calls,
-            "prepare": counted["prepare_ns"] / calls / 1e9,
-            "workers": counted["workers_ns"] / calls / 1e9,
+            "experts": counted["experts"] / turns,
+            "prepare": counted["prepare_ns"] / turns / 1e9,
+            "workers": counted["workers_ns"] / turns / 1e9,
         }
 
     def profile(self, folder: Path, steps: int) -> Path | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import stats
+from benchmarks.rehearsal import soak
 from benchmarks.rehearsal.fit import extrapolate
 from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.plan import v32_layout
@@ -23,9 +24,14 @@ Json = dict[str, Any]
 
 def derive(found: Json) -> Json:
     """The result with all that follows from what was measured: ``fits`` and ``parts``."""
-    best = max(found["reads GB/s"][when]["best"] for when in ("before", "after"))
+    best = max(_best_reads(found))
     derived = {**found, "fits": fits(found["servers"], best, found["method"])}
     return {**derived, "parts": parts_of_step(derived)}
+
+
+def _best_reads(found: Json) -> list[float]:
+    """Best read bandwidths, GB/s, in the order in which they were measured."""
+    return [reads["best"] for reads in found["reads GB/s"].values()]
 
 
 def fits(servers: Sequence[Json], bandwidth: float, method: str) -> Json:
@@ -80,6 +86,9 @@ def answer(result: Json) -> list[str]:
         where += f", {result['card']}"
     kept = result["resident"]
     lines = [f"{where}; {method} experts, {kept} of each layer on the GPU:"]
+    if result.get("settings"):
+        pairs = " ".join(f"{name}={value}" for name, value in result["settings"].items())
+        lines[0] = f"{lines[0][:-1]}; {pairs}:"
     if result["card"] is None:
         lines += _without_card(result)
     elif not result["fits"]["decode"]:
@@ -89,6 +98,8 @@ def answer(result: Json) -> list[str]:
     else:
         lines += _with_card(result)
     lines += _memory(result)
+    if found := result["servers"][-1].get("soak"):
+        lines += soak.sentences(found)
     return lines
 
 
@@ -114,11 +125,12 @@ def _with_card(result: Json) -> list[str]:
         f"By the line through {counts} MoE layers, of {MOE_LAYERS}; in parentheses 95% of the "
         "scatter around it and the largest distance of a point from it."
     )
-    best = [result["reads GB/s"][when]["best"] for when in ("before", "after")]
-    lines.append(f"Reads: {best[0]:.0f} GB/s before the servers, {best[1]:.0f} after them.")
+    best = _best_reads(result)
+    shown = ", ".join(f"{rate:.0f}" for rate in best)
+    lines.append(f"Reads before, between and after the servers: {shown} GB/s.")
     if max(best) > 1.1 * min(best):
         lines[-1] += (
-            " The machine changed meanwhile; against the lower one the shares are "
+            " The machine changed meanwhile; against the lowest the shares are "
             f"{max(best) / min(best):.2f} times as large."
         )
     lines.append(f"What limits it: {_limit(result)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.rehearsal import trace
+from benchmarks.rehearsal import soak, trace
 from benchmarks.rehearsal.measures import Client
 from benchmarks.server import Server
 from deploy.gpu_memory import V32_CONFIG
@@ -36,12 +36,14 @@ class Questions:
         requests: numbers of requests that decode together.
         rounds: of everything; prompts of over 4096 tokens are asked once.
         profile: whether to take a step apart.
+        soak: minutes under load.
     """
 
     prompts: tuple[int, ...]
     requests: tuple[int, ...]
     rounds: int
     profile: bool
+    soak: float = 0.0
 
 
 def say(text: str) -> None:
@@ -82,7 +84,7 @@ def ask(
     server: Server, layers: int, settings: Mapping[str, str], questions: Questions, folder: Path
 ) -> dict[str, Any]:
     """All questions to a running server; what was found."""
-    client = Client(f"http://127.0.0.1:{server.port}", totals_file(folder, layers))
+    client = Client(f"http://127.0.0.1:{server.port}", layers, totals_file(folder, layers))
     found: dict[str, Any] = {"layers": layers, "start_seconds": server.start_seconds}
     client.decode(1, 1, 16)  # what runs for the first time is compiled
     client.prefill(512, 1)
@@ -110,6 +112,9 @@ def ask(
     found["card_bytes"] = card_bytes()  # before the profiler takes some
     if questions.profile:
         found["step"] = profile(client, folder / "profile", layers)
+    if questions.soak:
+        say(f"{layers} MoE layers: {questions.soak:g} minutes under load")
+        found["soak"] = soak.soak(server, client, questions.soak)
     return found
 
 

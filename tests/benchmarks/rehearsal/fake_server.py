@@ -6,16 +6,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
-LAYERS = json.loads((Path(os.environ["KT_MODEL_PATH"]) / "config.json").read_text())[
-    "num_hidden_layers"
-]
+CONFIG = json.loads((Path(os.environ["KT_MODEL_PATH"]) / "config.json").read_text())
+MOE_LAYERS = CONFIG["num_hidden_layers"] - CONFIG["first_k_dense_replace"]
 TOTALS = Path(os.environ["_KT_ENGINE_TOTALS_FILE"])
 totals = dict.fromkeys(("calls", "tokens", "experts", "prepare_ns", "workers_ns"), 0)
 
@@ -28,16 +29,37 @@ class Handler(BaseHTTPRequestHandler):
         if sys.argv[1:] == ["DIE"]:
             print("out of something", flush=True)
             os._exit(1)
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        if self.path == "/flush_cache":
+            self._answer(200, {})
+        elif body.get("stream"):
+            self._stream(body["sampling_params"]["max_new_tokens"])
+        elif isinstance(body["input_ids"][0], int):
+            ids = body["input_ids"][: body["sampling_params"]["max_new_tokens"]]
+            self._answer(200, {"output_ids": ids})
+        else:
+            self._batch(body)
+
+    def _stream(self, tokens: int) -> None:
+        """An answer part by part; the client may leave."""
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for count in range(1, tokens + 1):
+                part = {"meta_info": {"completion_tokens": count}}
+                self.wfile.write(f"data: {json.dumps(part)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+
+    def _batch(self, body: dict[str, Any]) -> None:
         requests = len(body["input_ids"])
         steps = body["sampling_params"]["max_new_tokens"]
         for step in range(steps):
             tokens = requests if step else sum(map(len, body["input_ids"]))
-            totals["calls"] += 1
-            totals["tokens"] += tokens
-            totals["experts"] += 8 * requests
-            totals["prepare_ns"] += 1000
-            totals["workers_ns"] += 1_000_000
+            totals["calls"] += MOE_LAYERS
+            totals["tokens"] += MOE_LAYERS * tokens
+            totals["experts"] += MOE_LAYERS * 8 * requests
+            totals["prepare_ns"] += MOE_LAYERS * 1000
+            totals["workers_ns"] += MOE_LAYERS * 1_000_000
         TOTALS.write_text(json.dumps(totals))
         meta = {"completion_tokens": steps}
         self._answer(200, [{"meta_info": meta} for _ in range(requests)])

@@ -28,7 +28,7 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     files.mkdir()
     output = tmp_path / "new" / "r.json"
     done = subprocess.run(
-        command("FAKE", files, "--layers", "1,2,3", "--json", str(output)),
+        command("FAKE", files, "--layers", "1,2,3", "--soak", "0.03", "--json", str(output)),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -44,6 +44,15 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert first["decode"]["1"]["workers"] == pytest.approx(1e-3)
     assert first["load GB/s"] == [11.6]
     assert found["fits"]["decode"]["1"]["layers"] == 58
+    assert "soak" not in first
+    load = found["servers"][-1]["soak"]
+    assert load["errors"] == 0
+    assert load["answers_unchanged"]
+    assert load["first_token"]["count"] == load["finished"] + load["aborted"] > 100
+    # A third is broken off before its end.
+    assert load["finished"] == pytest.approx(2 * load["aborted"], abs=16)
+    assert load["growth"]["threads"] <= 16  # the pretended server's, one for each connection
+    assert "Under load: 0.03 minutes of 16 streams" in done.stdout
     assert "1 request: 58 ms for 58 layers, so at most 17.2 tokens/s with any card" in done.stdout
 
 

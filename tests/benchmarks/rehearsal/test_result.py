@@ -48,7 +48,11 @@ def found() -> dict[str, Any]:
         "method": "int4",
         "resident": 1,
         "servers": copy.deepcopy(SERVERS),
-        "reads GB/s": {"before": {"best": 100.0}, "after": {"best": 80.0}},
+        "reads GB/s": {
+            "before": {"best": 100.0},
+            "after 8": {"best": 96.0},
+            "after 1": {"best": 80.0},
+        },
         "card_memory": {
             "free": 140 * 2**30,
             "computed": {"total": 28 * 2**30},
@@ -63,13 +67,20 @@ def test_the_owner_reads_speed_share_of_the_bound_and_memory(found: dict[str, An
     assert "CPU X, 16 CPUs, GPU Y; int4 experts, 1 of each layer on the GPU:" in text
     # 1 / 0.121 s; the bound of 1 / 0.1055 s.
     assert "answer at 8.3 tokens/s (8.3 to 8.3, 0.0% off), 87% of the 9.5 that reading" in text
-    assert "against the lower one the shares are 1.25 times as large" in text
+    assert "servers: 100, 96, 80 GB/s. The machine changed meanwhile; against the lowest" in text
+    assert "the shares are 1.25 times as large" in text
     assert (
         "15 s (14.8 to 14.8, 0.0% off) to the first token of a prompt of 4096, 277 tokens/s" in text
     )
     assert "Memory: 342 GB, 336 of them experts; the machine has 137: not enough" in text
     assert "28.0 GiB computed for the whole model of 140.0" in text
     assert "11.0 computed, 12.0 seen" in text
+
+
+def test_other_settings_than_the_tutorials_are_told(found: dict[str, Any]) -> None:
+    found["settings"] = {"KT_MAX_DEFERRED_EXPERTS_PER_TOKEN": "2"}
+    first = result.answer(found)[0]
+    assert first.endswith("on the GPU; KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=2:")
 
 
 def test_routing_that_is_always_the_same_is_told(found: dict[str, Any]) -> None:
