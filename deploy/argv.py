@@ -94,9 +94,9 @@ def resolve(
     dense, why = dense_attention(values, machine)
     choose("KT_DENSE_ATTENTION", "on" if dense else "off", why)
     choose("KT_ATTENTION_BACKEND", *attention_backend(values))
-    experts, tokens, why = choose_sizes(values, machine)
-    choose("KT_NUM_GPU_EXPERTS", experts, why)
-    choose("KT_MAX_TOTAL_TOKENS", tokens, why)
+    sizes = choose_sizes(values, machine)
+    for name, value in sizes.values.items():
+        choose(name, value, sizes.why)
     return values, tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""Choices that follow from the GPU: how attention runs, resident experts, tokens of the KV cache.
+"""Choices that follow from the GPU: attention, requests, chunks, resident experts, KV cache.
 
 The choice of sizes never goes below the tutorial's values while the card holds them. What is left
 becomes KV cache up to one context of the model's full length, then resident experts.
@@ -7,6 +7,7 @@ becomes KV cache up to one context of the model's full length, then resident exp
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from deploy.settings import SPARSE_BACKENDS
 SPARSE_MAJORS = (9, 10)
 BLACKWELL = 10
 TUTORIAL_EXPERTS, TUTORIAL_TOKENS = 1, 40000
+#: Requests at the same time and tokens of a chunk: the tutorial's, and for cards that cannot hold
+#: its number of tokens besides.
+SHAPES = ((32, 4096), (8, 2048))
 #: Below this a model is a demo's or a test's, and the tutorial's values do.
 SMALL_BYTES = 2 * GIB
 #: Numbers of tokens are multiples of this.
@@ -66,6 +70,7 @@ def gpu_sizes(values: Mapping[str, Any], gpu: Gpu) -> GpuSizes:
         sparse=sparse,
         fp8_cache=sparse and gpu.compute_capability[0] >= BLACKWELL,
         gpus=values["KT_TENSOR_PARALLEL_SIZE"],
+        multiprocessors=gpu.multiprocessors,
     )
 
 
@@ -86,8 +91,21 @@ def memory_line(values: Mapping[str, Any], machine: Machine) -> str | None:
     return f"memory of {each}: {found[0].line(found[1])}"
 
 
-def choose_sizes(values: Mapping[str, Any], machine: Machine) -> tuple[int, int | None, str]:
-    """Resident experts and tokens of the KV cache for the settings that are ``auto``, and why.
+@dataclass(frozen=True)
+class Sizes:
+    """What is chosen for the settings that are ``auto``; the others as they are given.
+
+    Attributes:
+        values: name of the setting -> value, in the order in which they follow from each other.
+        why: for people.
+    """
+
+    values: Mapping[str, int | None]
+    why: str
+
+
+def choose_sizes(values: Mapping[str, Any], machine: Machine) -> Sizes:
+    """Requests, tokens of a chunk, resident experts and tokens of the KV cache.
 
     A card that is too small gets the least that makes sense; the check of its memory then says so.
     """
@@ -96,28 +114,44 @@ def choose_sizes(values: Mapping[str, Any], machine: Machine) -> tuple[int, int 
     sizes = gpu_sizes(values, gpu) if gpu else None
     if gpu is None or sizes is None or sizes.weights() < SMALL_BYTES:
         why = "the tutorial's value" + (", for a small model" if gpu else ", no GPU to ask")
-        return (
-            TUTORIAL_EXPERTS if experts == AUTO else experts,
-            TUTORIAL_TOKENS if tokens == AUTO else tokens,
-            why,
-        )
+        tutorial = {
+            **dict(zip(_SHAPE, SHAPES[0], strict=True)),
+            "KT_NUM_GPU_EXPERTS": TUTORIAL_EXPERTS,
+            "KT_MAX_TOTAL_TOKENS": TUTORIAL_TOKENS,
+        }
+        return Sizes(_filled(values, tutorial), why)
     free = gpu.free_bytes
 
     def room(count: int) -> int:
         """Tokens that fit besides so many experts."""
-        left = sizes.cache_room({**values, "KT_NUM_GPU_EXPERTS": count}, free)
+        left = sizes.cache_room({**values, **shape, "KT_NUM_GPU_EXPERTS": count}, free)
         return int(left / sizes.cache_per_token / TOKEN_STEP) * TOKEN_STEP
 
     wanted = TUTORIAL_TOKENS if tokens == AUTO else tokens or 0
+    for candidate in SHAPES:
+        shape = _filled(values, dict(zip(_SHAPE, candidate, strict=True)))
+        if room(0 if experts == AUTO else experts) >= wanted:
+            break
     chosen = experts
     if experts == AUTO:
         chosen = TUTORIAL_EXPERTS if room(TUTORIAL_EXPERTS) >= wanted else 0
     if tokens == AUTO:
         most = max(TUTORIAL_TOKENS, int(sizes.config["max_position_embeddings"]))
-        least = values["KT_CHUNKED_PREFILL_SIZE"]
+        least = shape["KT_CHUNKED_PREFILL_SIZE"] or 0
         tokens = wanted = max(least, min(room(chosen), most))
     if experts == AUTO and tokens is not None:
         limit = int(sizes.config["n_routed_experts"])
         while chosen < limit and room(chosen + 1) >= wanted:
             chosen += 1
-    return chosen, tokens, f"{free / GIB:.1f} GiB of {gpu.name} are free"
+    return Sizes(
+        {**shape, "KT_NUM_GPU_EXPERTS": chosen, "KT_MAX_TOTAL_TOKENS": tokens},
+        f"{free / GIB:.1f} GiB of {gpu.name} are free",
+    )
+
+
+_SHAPE = ("KT_MAX_RUNNING_REQUESTS", "KT_CHUNKED_PREFILL_SIZE")
+
+
+def _filled(values: Mapping[str, Any], chosen: Mapping[str, int]) -> dict[str, int | None]:
+    """Given values, and the chosen ones for those that are ``auto``."""
+    return {name: new if values[name] == AUTO else values[name] for name, new in chosen.items()}

@@ -124,20 +124,15 @@ def _what_fits(situation: Situation, gpu: Gpu, memory: GpuMemory) -> str:
     """What to do about a card that cannot hold what the settings ask for."""
     if memory.total <= gpu.memory_bytes:
         return "end the programs that nvidia-smi lists"
-    automatic = {"KT_NUM_GPU_EXPERTS": AUTO, "KT_MAX_TOTAL_TOKENS": AUTO}
-    chosen = {**situation.values, **automatic}
-    experts, tokens, _ = choose_sizes(chosen, situation.machine)
-    chosen |= {"KT_NUM_GPU_EXPERTS": experts, "KT_MAX_TOTAL_TOKENS": tokens}
+    names = choose_sizes(situation.values, situation.machine).values
+    chosen = {**situation.values, **dict.fromkeys(names, AUTO)}
+    chosen |= choose_sizes(chosen, situation.machine).values
     fits = memory_of(chosen, situation.machine)
     if fits is not None and fits[0].total <= fits[1]:
-        return (
-            f"set KT_NUM_GPU_EXPERTS={experts} and KT_MAX_TOTAL_TOKENS={tokens}, which fit, or "
-            "both to auto"
-        )
-    return (
-        "lower KT_CHUNKED_PREFILL_SIZE, raise KT_TENSOR_PARALLEL_SIZE if there are more GPUs, or "
-        "use a larger card"
-    )
+        changed = [name for name in names if chosen[name] != situation.values[name]]
+        shown = " ".join(f"{name}={chosen[name]}" for name in changed)
+        return f"set {shown}, which fit, or leave {'them' if changed[1:] else 'it'} to auto"
+    return "raise KT_TENSOR_PARALLEL_SIZE if there are more GPUs, or use a larger card"
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -6,6 +6,7 @@ docs/gpu-memory.md has the formulas with their sources, and the numbers for V3.2
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ BF16, FP32 = 2, 4
 FP8 = 1 + FP32 / 128**2
 #: CUDA's context, the kernels' code and cuBLAS: an estimate, between 0.4 and 0.8 on most cards.
 CONTEXT_BYTES = 0.6 * GIB
-#: Parts into which SGLang's triton backend splits a sequence while decoding.
-KV_SPLITS = 8
+#: Parts into which SGLang's triton backend splits a sequence while decoding, at least, and the
+#: tokens that a part has, at least.
+MIN_KV_SPLITS, MIN_SPLIT_TOKENS = 8, 32
 #: Of the memory that --mem-fraction-static leaves, the share for the indexer's scores in SGLang.
 INDEXER_SHARE = 0.2
 #: What SGLang sets aside for CUDA graphs: for each request of the decode, and for the prefill.
@@ -122,12 +124,14 @@ class GpuSizes:
         sparse: attention is the model's sparse one, with its indexer; dense otherwise.
         fp8_cache: the KV cache holds FP8 (SGLang's default for sparse attention on Blackwell).
         gpus: size of the tensor-parallel group.
+        multiprocessors: of a card; 0 if not known.
     """
 
     config: Mapping[str, Any]
     sparse: bool = False
     fp8_cache: bool = False
     gpus: int = 1
+    multiprocessors: int = 0
 
     def _get(self, name: str) -> int:
         return int(self.config.get(name) or 0)
@@ -218,8 +222,10 @@ class GpuSizes:
         size += chunk * self._activation(values["KT_NUM_GPU_EXPERTS"])
         size += requests * context * 4  # the table of each request's tokens
         size += 2 * requests * self._get("vocab_size") * FP32  # logits and probabilities
-        size += requests * heads * KV_SPLITS * self._get("kv_lora_rank") * FP32
-        if self.sparse:
+        if not self.sparse:  # the partial sums of the decode, and a maximum of each
+            decoded = min(requests, _graph_requests(free))
+            size += decoded * heads * self._kv_splits() * (self._get("kv_lora_rank") + 1) * FP32
+        else:
             size += min(chunk * context * FP32, INDEXER_SHARE * _slack(values, free))
         if values["KT_DECODE_CUDA_GRAPH"]:
             size += requests * DECODE_GRAPH_BYTES
@@ -228,6 +234,13 @@ class GpuSizes:
         if self.gpus > 1:
             size += self.gpus * GROUP_BYTES
         return size
+
+    def _kv_splits(self) -> int:
+        """Parts that the triton backend makes room for (``_mla_decode_kv_splits_cap``)."""
+        if not self.multiprocessors:
+            return MIN_KV_SPLITS
+        parts = math.ceil(self.config["max_position_embeddings"] / MIN_SPLIT_TOKENS)
+        return max(MIN_KV_SPLITS, min(_power_of_two(self.multiprocessors), _power_of_two(parts)))
 
     def _activation(self, resident: int) -> float:
         """Bytes that live at the same time for each token of a chunk, in the widest place."""
@@ -270,6 +283,16 @@ class GpuSizes:
         else:
             cache = tokens * self.cache_per_token
         return GpuMemory(weights, experts, cache, self.workspace(values, free))
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _graph_requests(free: float) -> int:
+    """Requests of the largest graph of a decode that SGLang captures by itself, by the card."""
+    return 48 if free < 35 * GIB else 32 if free < 60 * GIB else 256
 
 
 def _slack(values: Mapping[str, Any], free: float) -> float:

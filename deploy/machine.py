@@ -11,7 +11,8 @@ from pathlib import Path
 from kt_kernel.host import cpus_beside_experts, parse_cpu_list, read_cpu_quota
 
 _CUDA_ERROR_NO_DEVICE = 100
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+# CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT and CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Gpu:
         driver: its version, such as ``580.95.05``; empty if it does not tell.
         used_bytes: memory of the card that is in use; None if the driver does not tell.
         count: GPUs that this process may use.
+        multiprocessors: of the card; 0 if the driver does not tell.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Gpu:
     driver: str = ""
     used_bytes: int | None = None
     count: int = 1
+    multiprocessors: int = 0
 
     @property
     def free_bytes(self) -> int:
@@ -143,20 +146,24 @@ def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int, count: int) -> Gpu:
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     version = ctypes.c_int()
     driver.cuDriverGetVersion(ctypes.byref(version))
-    major, minor = ctypes.c_int(), ctypes.c_int()
-    driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, device)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), _CAPABILITY_MINOR, device)
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), number, device)
+        return value.value
+
     bus_id = ctypes.create_string_buffer(64)
     driver.cuDeviceGetPCIBusId(bus_id, len(bus_id), device)
     version_text, used = _ask_management_library(bus_id.value)
     return Gpu(
         name=name.value.decode(errors="replace"),
         memory_bytes=memory.value,
-        compute_capability=(major.value, minor.value),
+        compute_capability=(attribute(_CAPABILITY_MAJOR), attribute(_CAPABILITY_MINOR)),
         cuda_version=(version.value // 1000, version.value % 1000 // 10),
         driver=version_text,
         used_bytes=used,
         count=count,
+        multiprocessors=attribute(_MULTIPROCESSORS),
     )
 
 

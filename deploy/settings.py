@@ -199,14 +199,17 @@ TABLE: tuple[Setting, ...] = (
         SERVE, ("serve", "check"), _serve("--mem-fraction-static"), tutorial="0.98", none=True,
     ),
     Setting(
-        "KT_CHUNKED_PREFILL_SIZE", Integer(1), "4096",
-        "Tokens of a prompt that are computed at a time.",
-        SERVE, ("serve", "check"), _serve("--chunked-prefill-size"), tutorial="4096",
+        "KT_CHUNKED_PREFILL_SIZE", Integer(1), AUTO,
+        "Tokens of a prompt that are computed at a time. `auto` is the tutorial's 4096, or 2048 on "
+        "a card that cannot hold its 40000 tokens besides.",
+        SERVE, ("serve", "check"), _serve("--chunked-prefill-size"), tutorial="4096", auto=True,
     ),
     Setting(
-        "KT_MAX_RUNNING_REQUESTS", Integer(1), "32",
-        "Requests that are computed at the same time. `none` leaves it to SGLang.",
-        SERVE, ("serve", "check"), _serve("--max-running-requests"), tutorial="32", none=True,
+        "KT_MAX_RUNNING_REQUESTS", Integer(1), AUTO,
+        "Requests that are computed at the same time. `auto` is the tutorial's 32, or 8 on a card "
+        "that cannot hold its 40000 tokens besides. `none` leaves it to SGLang.",
+        SERVE, ("serve", "check"), _serve("--max-running-requests"), tutorial="32",
+        auto=True, none=True,
     ),
     Setting(
         "KT_MAX_TOTAL_TOKENS", Integer(1), AUTO,

@@ -110,7 +110,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         _need_matplotlib()
     folders = [args.folder] if args.folder else [plan.TMPFS, _cache()]
     memory = plan.usable_memory(read_memory()) if args.memory is None else args.memory * 1e9
-    room = plan.Machine(memory, plan.free_disks(folders), gpu.free_bytes if gpu else None)
+    room = plan.Machine(memory, plan.free_disks(folders), gpu)
     settings = {
         "KT_CPUINFER": "auto",
         "KT_THREADPOOL_COUNT": "auto",
@@ -123,7 +123,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         ignored = os.environ.get("KT_IGNORE_CHECKS", "")
         settings["KT_IGNORE_CHECKS"] = ",".join(filter(None, [ignored, "memory"]))
     values = _values(settings)
-    chosen = plan.choose(args.layers, room, args.method, args.resident, values, gpu is None)
+    chosen = plan.choose(args.layers, room, args.method, args.resident, values)
     with workspace(chosen.folder) as folder:
         reads: Reads = {}
         _read("before", here.usable_cpus, reads)
@@ -147,11 +147,10 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
     if args.memory is not None:
         found["machine"]["memory_bytes"] = int(memory)
     if gpu:
-        free = float(gpu.free_bytes)
         found["card_memory"] = {
-            "free": free,
-            "computed": result.computed_card_bytes(MOE_LAYERS, values, free),
-            "computed_here": result.computed_card_bytes(servers[-1]["layers"], values, free),
+            "free": float(gpu.free_bytes),
+            "computed": result.computed_card_bytes(MOE_LAYERS, values, gpu),
+            "computed_here": result.computed_card_bytes(servers[-1]["layers"], values, gpu),
         }
     return result.derive(found)
 

@@ -14,6 +14,7 @@ from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of
 from deploy.gpu_memory import V32_CONFIG, GpuSizes
 from deploy.limits import Memory
+from deploy.machine import Gpu
 from deploy.needs import SERVER_BYTES
 from kt_kernel.packed import PackedLayout
 
@@ -31,12 +32,12 @@ class Machine:
     Attributes:
         memory: that programs could get now.
         disks: folder that may hold the files -> what is free there.
-        card: free memory of the GPU, None without one.
+        card: the GPU, None without one.
     """
 
     memory: float
     disks: Mapping[Path, float]
-    card: float | None
+    card: Gpu | None
 
 
 def usable_memory(memory: Memory) -> float:
@@ -83,16 +84,19 @@ class Demand:
     card: float
 
 
-def demand(count: int, method: str, resident: int, values: Mapping[str, Any], cpu: bool) -> Demand:
+def demand(
+    count: int, method: str, resident: int, values: Mapping[str, Any], card: Gpu | None
+) -> Demand:
     """What a server of the first ``count`` MoE layers takes; ``values`` are the settings."""
-    sizes = GpuSizes(config_of(count))
+    sizes = GpuSizes(config_of(count), multiprocessors=card.multiprocessors if card else 0)
     packed = count * layer_bytes(v32_layout(method))
     on_card = sizes.weights() + sizes.experts(resident)
     memory = packed + SERVER_BYTES
-    if cpu:  # FP8 becomes bf16, and nothing is on a card
+    if card is None:  # FP8 becomes bf16, and nothing is on a card
         memory += 2 * on_card
     chosen = {**values, "KT_NUM_GPU_EXPERTS": resident}
-    return Demand(packed + on_card, memory, 0.0 if cpu else sizes.memory(chosen, 0.0).total)
+    taken = sizes.memory(chosen, card.free_bytes).total if card else 0.0
+    return Demand(packed + on_card, memory, taken)
 
 
 def choose(
@@ -101,7 +105,6 @@ def choose(
     method: str,
     resident: int,
     values: Mapping[str, Any],
-    cpu: bool,
 ) -> Plan:
     """The plan for ``--layers``: ``auto``, a largest number, or the numbers themselves.
 
@@ -110,13 +113,13 @@ def choose(
     """
     counts = _parse(wanted)
     if counts is None:
-        most = MOST_ON_CPU if cpu else MOST
-        while most > 1 and _folder(most, machine, method, resident, values, cpu)[0] is None:
+        most = MOST if machine.card else MOST_ON_CPU
+        while most > 1 and _folder(most, machine, method, resident, values)[0] is None:
             most -= 1
         counts = spread_over(most)
     elif len(counts) == 1:
         counts = spread_over(counts[0])
-    folder, why = _folder(counts[-1], machine, method, resident, values, cpu)
+    folder, why = _folder(counts[-1], machine, method, resident, values)
     if folder is None:
         raise BenchmarkError(f"{counts[-1]} MoE layers do not fit: {why}")
     return Plan(counts, folder)
@@ -148,12 +151,11 @@ def _folder(
     method: str,
     resident: int,
     values: Mapping[str, Any],
-    cpu: bool,
 ) -> tuple[Path | None, str]:
     """The first folder with which ``count`` layers fit, or why there is none."""
-    need = demand(count, method, resident, values, cpu)
-    if machine.card is not None and need.card > machine.card:
-        return None, _short("GPU memory", need.card, machine.card)
+    need = demand(count, method, resident, values, machine.card)
+    if machine.card and need.card > machine.card.free_bytes:
+        return None, _short("GPU memory", need.card, machine.card.free_bytes)
     if not machine.disks:
         return None, "no folder for their files can be written: expected one, set --folder"
     why = []

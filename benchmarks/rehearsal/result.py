@@ -12,6 +12,7 @@ from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.plan import v32_layout
 from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of
 from deploy.gpu_memory import V32_CONFIG, GpuSizes
+from deploy.machine import Gpu
 from deploy.needs import SERVER_BYTES
 
 KIND = "rehearsal"
@@ -70,9 +71,10 @@ def fits(servers: Sequence[Json], bandwidth: float, method: str) -> Json:
     return found
 
 
-def computed_card_bytes(layers: int, values: Mapping[str, Any], free: float) -> Json:
+def computed_card_bytes(layers: int, values: Mapping[str, Any], gpu: Gpu) -> Json:
     """docs/gpu-memory.md's formulas for that many MoE layers, bytes."""
-    memory = GpuSizes(config_of(layers)).memory(values, free)
+    sizes = GpuSizes(config_of(layers), multiprocessors=gpu.multiprocessors)
+    memory = sizes.memory(values, gpu.free_bytes)
     parts = ("weights", "experts", "cache", "workspace", "total")
     return {name: getattr(memory, name) for name in parts}
 

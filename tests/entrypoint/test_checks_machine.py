@@ -321,9 +321,9 @@ def test_gpu_memory_says_which_numbers_to_change(tmp_path: Path) -> None:
     small = with_gpu(replace(L20, memory_bytes=int(23.65 * GIB), used_bytes=0))
     tutorial = {"KT_NUM_GPU_EXPERTS": "1", "KT_MAX_TOTAL_TOKENS": "40000"}
     result = one(check, tmp_path, small, **tutorial)
-    todo = "set KT_NUM_GPU_EXPERTS=0 and KT_MAX_TOTAL_TOKENS=10000, which fit, or both to auto"
+    todo = "set KT_NUM_GPU_EXPERTS=0 KT_MAX_TOTAL_TOKENS=28000, which fit, or leave them to auto"
     assert (result.status, result.todo) == (Status.FAIL, todo)
-    numbers = {"KT_NUM_GPU_EXPERTS": "0", "KT_MAX_TOTAL_TOKENS": "10000"}
+    numbers = {"KT_NUM_GPU_EXPERTS": "0", "KT_MAX_TOTAL_TOKENS": "28000"}
     assert one(check, tmp_path, small, **numbers).status is Status.PASS
     # Without a number SGLang's cache takes all but 2%, and the activations find no room.
     unlimited = one(check, tmp_path, KT_MAX_TOTAL_TOKENS="none")
@@ -331,7 +331,7 @@ def test_gpu_memory_says_which_numbers_to_change(tmp_path: Path) -> None:
     modest = {"KT_MAX_TOTAL_TOKENS": "none", "KT_MEM_FRACTION_STATIC": "0.9"}
     assert one(check, tmp_path, **modest).status is Status.PASS
     tiny_card = with_gpu(replace(L20, memory_bytes=16 * GIB, used_bytes=0))
-    assert one(check, tmp_path, tiny_card).todo.startswith("lower KT_CHUNKED_PREFILL_SIZE")
+    assert one(check, tmp_path, tiny_card).todo.startswith("raise KT_TENSOR_PARALLEL_SIZE")
 
 
 def test_number_of_gpus(tmp_path: Path) -> None:

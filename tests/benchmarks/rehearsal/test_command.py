@@ -20,7 +20,9 @@ SMALL = [sys.executable, "-m", "tests.benchmarks.rehearsal.small"]
 
 
 def command(kind: str, folder: Path, *more: str) -> list[str]:
-    return [*SMALL, kind, "--cpu", "--rounds", "1", "--folder", str(folder), *more]
+    # Whatever else runs on the machine: V3.2's own sizes are planned with.
+    options = ["--cpu", "--memory", "64", "--rounds", "1", "--folder", str(folder)]
+    return [*SMALL, kind, *options, *more]
 
 
 def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:

@@ -9,47 +9,53 @@ import pytest
 from benchmarks.errors import BenchmarkError
 from benchmarks.rehearsal import plan
 from benchmarks.rehearsal.plan import TMPFS, Machine, choose, demand
+from benchmarks.server import REPOSITORY
 from deploy.config import load
+from deploy.machine import Gpu
 
 DISK = Path("/disk")
 GB = 1e9
-VALUES = {
-    **load({"KT_MAX_TOTAL_TOKENS": "40000"}, [], "serve").values,
-    "KT_NUM_GPU_EXPERTS": 1,
-}
+VALUES = load({}, [REPOSITORY / "env" / "tutorial.env"], "serve").values
 
 
-def chosen(wanted: str, machine: Machine, method: str = "int4", cpu: bool = False) -> plan.Plan:
-    return choose(wanted, machine, method, 1, VALUES, cpu)
+def card(gigabytes: float) -> Gpu:
+    return Gpu("a card", int(gigabytes * GB), (9, 0), (13, 0), used_bytes=0)
+
+
+CARD = card(140)
+
+
+def chosen(wanted: str, machine: Machine) -> plan.Plan:
+    return choose(wanted, machine, "int4", 1, VALUES)
 
 
 def test_a_layer_takes_what_it_takes() -> None:
-    one, two = (demand(n, "int4", 1, VALUES, False) for n in (1, 2))
+    one, two = (demand(n, "int4", 1, VALUES, CARD) for n in (1, 2))
     # A packed layer of 4.13 bits, and on the card attention, a shared and a resident expert.
     assert two.memory - one.memory == pytest.approx(5.82 * GB, rel=0.01)
     assert two.files - one.files == pytest.approx(5.82 * GB + 0.32 * GB, rel=0.02)
     assert two.card - one.card == pytest.approx((0.32 + 0.046) * GB, rel=0.1)
-    in_cpu_mode = demand(1, "int4", 1, VALUES, True)
+    in_cpu_mode = demand(1, "int4", 1, VALUES, None)
     assert in_cpu_mode.card == 0
     assert in_cpu_mode.memory > one.memory + 9 * GB  # embedding, head, dense layers in bf16
 
 
 def test_files_in_memory_count_twice_and_the_disk_takes_over() -> None:
     disks = {TMPFS: 100 * GB, DISK: 500 * GB}
-    assert chosen("8", Machine(124 * GB, disks, 140 * GB)) == plan.Plan((1, 5, 8), TMPFS)
-    assert chosen("8", Machine(80 * GB, disks, 140 * GB)) == plan.Plan((1, 5, 8), DISK)
+    assert chosen("8", Machine(124 * GB, disks, CARD)) == plan.Plan((1, 5, 8), TMPFS)
+    assert chosen("8", Machine(80 * GB, disks, CARD)) == plan.Plan((1, 5, 8), DISK)
     with pytest.raises(BenchmarkError, match=r"8 MoE layers do not fit: expected .* found 40 GB"):
-        chosen("8", Machine(40 * GB, disks, 140 * GB))
+        chosen("8", Machine(40 * GB, disks, CARD))
 
 
 @pytest.mark.parametrize(
     ("machine", "counts"),
     [
-        (Machine(500 * GB, {DISK: 900 * GB}, 140 * GB), (1, 7, 12)),
-        (Machine(70 * GB, {DISK: 900 * GB}, 140 * GB), (1, 6, 10)),
-        (Machine(500 * GB, {DISK: 40 * GB}, 140 * GB), (1, 3, 5)),
-        (Machine(500 * GB, {DISK: 900 * GB}, 11.7 * GB), (1, 5, 8)),
-        (Machine(18 * GB, {DISK: 900 * GB}, 140 * GB), (1, 2)),
+        (Machine(500 * GB, {DISK: 900 * GB}, CARD), (1, 7, 12)),
+        (Machine(70 * GB, {DISK: 900 * GB}, CARD), (1, 6, 10)),
+        (Machine(500 * GB, {DISK: 40 * GB}, CARD), (1, 3, 5)),
+        (Machine(500 * GB, {DISK: 900 * GB}, card(11.7)), (1, 5, 8)),
+        (Machine(18 * GB, {DISK: 900 * GB}, CARD), (1, 2)),
     ],
     ids=["enough", "memory", "disk", "card", "little memory"],
 )
@@ -66,22 +72,22 @@ def test_auto_takes_what_memory_disk_and_card_hold(
 
 def test_nothing_fits_is_one_clear_error() -> None:
     with pytest.raises(BenchmarkError, match="1 MoE layers do not fit: expected 10 GB of memory"):
-        chosen("auto", Machine(4 * GB, {DISK: 900 * GB}, 140 * GB))
+        chosen("auto", Machine(4 * GB, {DISK: 900 * GB}, CARD))
     with pytest.raises(BenchmarkError, match=r"no folder .* set --folder"):
         chosen("auto", Machine(400 * GB, {}, None))
 
 
 def test_without_a_card_there_are_at_most_two() -> None:
-    assert chosen("auto", Machine(500 * GB, {DISK: 900 * GB}, None), cpu=True).counts == (1, 2)
+    assert chosen("auto", Machine(500 * GB, {DISK: 900 * GB}, None)).counts == (1, 2)
 
 
 @pytest.mark.parametrize("wanted", ["", "0", "59", "x", "1,,2", "2.5"])
 def test_what_is_no_number_of_layers_is_refused(wanted: str) -> None:
     with pytest.raises(BenchmarkError, match="expected auto, a number of MoE layers from 1 to 58"):
-        chosen(wanted, Machine(500 * GB, {DISK: 900 * GB}, 140 * GB))
+        chosen(wanted, Machine(500 * GB, {DISK: 900 * GB}, CARD))
 
 
 def test_given_numbers_are_taken_as_they_are() -> None:
-    machine = Machine(500 * GB, {DISK: 900 * GB}, 140 * GB)
+    machine = Machine(500 * GB, {DISK: 900 * GB}, CARD)
     assert chosen("8,2,4", machine).counts == (2, 4, 8)
     assert chosen("1", machine).counts == (1,)
