@@ -39,6 +39,7 @@ from benchmarks.workers.protocol import EXPERT_WEIGHTS, TOP_K
 TOKENS = (1, 8, 32, 128, 512)
 _CALLS = 20  # of one engine in one round, at most
 _ANSWER_SECONDS = 240.0
+_MOSTLY = 0.25  # of the cores in the other state, at most
 _WRONG = 0.8  # error above which an output has little to do with the layer
 
 
@@ -84,7 +85,7 @@ def run(
                 row["unavailable"] = str(why)
                 _say(f"{spec.label}: not measured: {why}")
         for tokens in plan.tokens:
-            _time_rounds(tokens, threads, engines, plan, workers, rows)
+            _time_rounds(tokens, threads, engines, plan, workers, rows, probe)
     finally:
         for worker in workers.values():
             worker.close()
@@ -131,11 +132,13 @@ def _time_rounds(
     plan: Plan,
     workers: dict[str, Worker],
     rows: list[dict[str, Any]],
+    probe: Path | None,
 ) -> None:
     """Add ``tokens``' results to ``rows``; an engine that dies is reported and left out."""
     by_key = {row["key"]: row for row in rows}
     rounds: dict[str, list[float]] = {}
     distinct: dict[str, list[float]] = {}
+    quiet: dict[str, list[float]] = {}
     asked = []
     for spec in engines:
         if spec.key not in workers or tokens < spec.min_tokens:
@@ -155,6 +158,7 @@ def _time_rounds(
                 continue
             seconds, calls = (plan.seconds, _CALLS) if number else (0.0, 1)
             request = {"time": tokens, "seed": 1000 * tokens + number}
+            before = limits.quiet_share(threads, probe)
             try:
                 answer = workers[spec.key].ask(**request, seconds=seconds, calls=calls)
             except WorkerFailed as why:
@@ -165,6 +169,9 @@ def _time_rounds(
             if number:
                 rounds.setdefault(spec.key, []).append(stats.median(answer["ms"]))
                 distinct.setdefault(spec.key, []).append(stats.median(answer["experts"]))
+                after = limits.quiet_share(threads, probe)
+                if before is not None and after is not None:
+                    quiet.setdefault(spec.key, []).append(min(before, after))
     for key, times in rounds.items():
         row = by_key[key]
         if key not in workers:
@@ -179,6 +186,8 @@ def _time_rounds(
             "weights GB/s": read / milliseconds / 1e6,
             "GOP/s": 2 * EXPERT_WEIGHTS * TOP_K * tokens / milliseconds / 1e6,
         }
+        if key in quiet:
+            cell["states"] = by_state(times, quiet[key])
         ours = "ours-int4" if row["class"] == 4 else "ours-int8"
         if ours in workers and ours in rounds:
             cell["ratio to ours"] = stats.paired_ratio(times, rounds[ours])
@@ -187,6 +196,23 @@ def _time_rounds(
             f"{threads} threads, {tokens:>3} tokens, {row['label']:<28}{milliseconds:9.2f} ms "
             f"+-{cell['spread']:4.0%} {cell['weights GB/s']:7.1f} GB/s {cell['GOP/s']:8.0f} GOP/s"
         )
+
+
+def by_state(times: Sequence[float], quiet: Sequence[float]) -> dict[str, float | None]:
+    """Median times of the rounds in which at least three quarters of the cores were ``quiet``, and
+    of those in which at least as many were ``disturbed``; and the mean ``share`` of quiet ones.
+
+    Args:
+        times: of the rounds.
+        quiet: share of quiet cores before and after each, the smaller of the two.
+    """
+    pairs = list(zip(times, quiet, strict=True))
+    states = {
+        "quiet": [time for time, share in pairs if share >= 1 - _MOSTLY],
+        "disturbed": [time for time, share in pairs if share <= _MOSTLY],
+    }
+    found = {name: stats.median(some) if some else None for name, some in states.items()}
+    return {**found, "share": sum(quiet) / len(quiet)}
 
 
 def _better(a: limits.Limits, b: limits.Limits) -> limits.Limits:

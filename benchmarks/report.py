@@ -191,7 +191,21 @@ def _cell(cell: Json, measured: Limits) -> str:
     if cell["tokens"] <= _MOST_DECODE_TOKENS:
         return f"{milliseconds}, {cell['weights GB/s'] / measured.read.best:.0%}"
     share = cell["GOP/s"] / measured.peak[1]
-    return f"{milliseconds}, {_number(cell['GOP/s'])} GOP/s, {share:.0%}"
+    return f"{milliseconds}, {_number(cell['GOP/s'])} GOP/s, {share:.0%}{_by_state(cell)}"
+
+
+def _by_state(cell: Json) -> str:
+    """Times on quiet cores and on disturbed ones; nothing of results without AMX, or older ones."""
+    states = cell.get("states")
+    if states is None:
+        return ""
+    said = [
+        f"{_number(states[name])} ms {name}"
+        for name in ("quiet", "disturbed")
+        if states[name] is not None
+    ]
+    said.append(f"{states['share']:.0%} of cores quiet")
+    return f" ({', '.join(said)})"
 
 
 def _too_slow(row: Json, tokens: int) -> str:

@@ -290,6 +290,29 @@ def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> di
     return found
 
 
+def quiet_share(threads: int, prebuilt: Path | None = None) -> float | None:
+    """Share of the cores whose other hyperthread does nothing now, from 0 to 1; None without AMX.
+
+    Takes a millisecond.
+
+    Raises:
+        BenchmarkError: more threads than CPUs.
+    """
+    probe, cpus = _probe(prebuilt), _cpus(threads)
+    isas = {name: index for index, name in _instruction_sets(probe)}
+    if _WATCHED[-1] not in isas:
+        return None
+    during, before, after = ((ctypes.c_double * threads)() for _ in range(3))
+    isa = isas[_WATCHED[-1]]
+    found = probe.probe_products_watched(
+        isa, cpus, threads, 0, 1, _WATCH_ROUNDS, during, before, after
+    )
+    _pinned(found, threads)
+    quiet_seconds = QUIET_NS * _WATCH_ROUNDS * _WATCH_PRODUCTS / 1e9
+    quiet: list[bool] = [max(pair) < quiet_seconds for pair in zip(before, after, strict=True)]
+    return sum(quiet) / threads
+
+
 def measure(threads: int, seconds: float = 2.0, prebuilt: Path | None = None) -> Limits:
     """Both limits with ``threads`` threads; ``seconds`` for reads, a quarter for each peak."""
     read = read_bandwidth(threads, seconds, prebuilt)

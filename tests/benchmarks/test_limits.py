@@ -111,6 +111,8 @@ def test_each_core_is_watched_while_all_work(probe: ctypes.CDLL) -> None:
         assert found == 1000 * 4 * 2 * 16 * 16 * 64
         assert min(*during, *before, *after) > 0
         assert set(limits.tile_rates(1, 0.01)) == {"amx", "amx_loaded"}
+        assert limits.quiet_share(1) in (0.0, 1.0)
     else:
         assert found == 0
         assert limits.tile_rates(1, 0.01) == {}
+        assert limits.quiet_share(1) is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import bench_moe, report
 from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
 
@@ -115,6 +115,18 @@ def test_quiet_and_disturbed_cores_are_told_apart() -> None:
         "Single cores, AMX with operands loaded from cache: 3300 GOP/s on a quiet core; 50% of the "
         "samples quiet." in report.render([result])
     )
+
+
+def test_times_are_told_by_the_cores_state() -> None:
+    result = copy.deepcopy(RESULT)
+    cells = result["runs"][0]["engines"][0]["cells"]
+    times, quiet = [500.0, 300.0, 320.0, 400.0], [0.0, 1.0, 0.75, 0.5]
+    cells[1]["states"] = bench_moe.by_state(times, quiet)
+    assert cells[1]["states"] == {"quiet": 310.0, "disturbed": 500.0, "share": 0.5625}
+    shown = "250 GOP/s, 25% (310 ms quiet, 500 ms disturbed, 56% of cores quiet)"
+    assert shown in report.render([result])
+    cells[1]["states"] = bench_moe.by_state([400.0], [0.5])
+    assert "250 GOP/s, 25% (50% of cores quiet)" in report.render([result])
 
 
 def test_a_rehearsal_is_its_answer() -> None:
