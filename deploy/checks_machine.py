@@ -11,8 +11,9 @@ from pathlib import Path
 from deploy import limits
 from deploy.checks import Result, Situation, Status
 from deploy.needs import marker_of
-from deploy.progress import bytes_present, gigabytes
+from deploy.progress import gigabytes
 from deploy.state import run_directory
+from deploy.unfinished import bytes_present
 from kt_kernel.host import huge_page_mode
 
 #: NCCL's and torch's shared memory for several GPUs; with one, little is used.

@@ -1,28 +1,30 @@
 """The stage ``download``: a model repository, by commit, complete and verified, or an error.
 
-It can be killed at any moment and run again: finished files are kept, and the directory counts as
-a model only once its marker says that every file is there (see ``marker.py``).
+It can be killed at any moment and run again: finished files and the beginnings of others are kept
+(see ``hub_files.py``), and the directory counts as a model only once its marker says that every
+file is there (see ``marker.py``).
 """
 
 from __future__ import annotations
 
 import fcntl
-import glob
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, TypeGuard
 
 from deploy.config import Config, export
-from deploy.marker import Marker, RepoFile, file_size, read_marker
-from deploy.progress import ProgressLines, bytes_present, gigabytes, unfinished_files
+from deploy.marker import Marker, RepoFile, file_size, read_marker, stamp
+from deploy.progress import ProgressLines, gigabytes
 from deploy.report import say
+from deploy.retries import HubUnreachable, with_retries
 from deploy.state import DONE, StageState
+from deploy.unfinished import bytes_present, partial_path, unfinished_files
 from deploy.verify import Verifier
 from kt_kernel.errors import UserError
 
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 LOCK_NAME = ".kt-download.lock"
-LONGEST_WAIT = 60.0  # seconds between attempts
+#: Times to ask again for the revision when a finished download can do without the answer.
+RETRIES_WHEN_FINISHED = 1
 
 
 def run(config: Config, state: StageState) -> int:
@@ -46,8 +49,9 @@ def run(config: Config, state: StageState) -> int:
     export(config)  # the Hub's client reads HF_* when it is imported
     from huggingface_hub import HfApi
 
-    from deploy import hub_client
+    from deploy import hub_client, hub_http
 
+    hub_http.prepare_client()
     directory = config.path("KT_MODEL_PATH")
     repo_id, requested = config.text("KT_MODEL_ID"), config.text("KT_MODEL_REVISION")
     marker = read_marker(directory)
@@ -57,10 +61,15 @@ def run(config: Config, state: StageState) -> int:
             f"another directory"
         )
     api = HfApi(token=config["HF_TOKEN"])
+    retries = config.integer("KT_DOWNLOAD_RETRIES")
+    kept = _is_finished(marker, directory) and marker.requested_revision == requested
     try:
-        commit = hub_client.resolve_revision(api, repo_id, requested)
-    except hub_client.HubUnreachable as error:
-        if not _is_finished(marker, directory) or marker.requested_revision != requested:
+        commit = with_retries(
+            lambda: hub_client.resolve_revision(api, repo_id, requested),
+            min(retries, RETRIES_WHEN_FINISHED) if kept else retries,
+        )
+    except HubUnreachable as error:
+        if marker is None or not kept:
             raise
         say(f"warning: {error.reason}: keeping {directory}, which holds {_describe(marker)}")
         state.set(DONE)
@@ -111,6 +120,11 @@ def _only_one(directory: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another download to {directory} is running: wait for it") from None
+        except OSError as error:
+            raise UserError(
+                f"cannot lock a file in KT_MODEL_PATH {directory} ({error.strerror}): choose a "
+                f"directory on a file system with locks"
+            ) from None
         yield
     finally:
         os.close(fd)
@@ -128,7 +142,7 @@ class _Download:
         commit: str,
         state: StageState,
     ) -> None:
-        from deploy import hub_client
+        from deploy import hub_client, hub_files
 
         self._hub = hub_client
         self._config, self._api, self._directory = config, api, directory
@@ -136,41 +150,64 @@ class _Download:
         self._requested, self._commit = requested, commit
         self._state = state
         self._interval = float(config["KT_PROGRESS_INTERVAL"])
-        self._bars = sys.stderr.isatty()
-        if not self._bars:
-            from huggingface_hub.utils import disable_progress_bars
-
-            disable_progress_bars()
+        self._retries = config.integer("KT_DOWNLOAD_RETRIES")
+        self._fetcher = hub_files.Fetcher(
+            self._repo_id,
+            commit,
+            directory,
+            config["HF_TOKEN"],
+            self._retries,
+            config.integer("KT_DOWNLOAD_WORKERS"),
+            lambda: hub_client.explained(self._repo_id, requested, directory),
+        )
 
     def run(self, earlier: Marker | None) -> None:
         started = time.monotonic()
-        for path in unfinished_files(self._directory):
-            path.unlink()  # the client never continues them
-        listed = self._hub.list_files(self._api, self._repo_id, self._commit)
+        listed = with_retries(
+            lambda: self._hub.list_files(self._api, self._repo_id, self._commit), self._retries
+        )
         small = self._hub.choose_small_files(listed)
         marker = Marker(self._repo_id, self._requested, self._commit, {})
         if earlier is not None:
-            marker.stale = sorted({*earlier.files, *earlier.stale})
-            if earlier.revision == self._commit:
-                marker.verified = earlier.verified
+            marker.take_over(earlier, listed, self._directory)
         marker.save(self._directory)  # from here on this is no finished model
+        if earlier is not None:
+            self._remove_changed(earlier, listed)
         shards = None
         if self._hub.INDEX_NAME in listed:
-            self._fetch({self._hub.INDEX_NAME: listed[self._hub.INDEX_NAME]})
+            marker.files[self._hub.INDEX_NAME] = listed[self._hub.INDEX_NAME]
+            self._fetch(marker, {self._hub.INDEX_NAME: listed[self._hub.INDEX_NAME]})
+            self._verify(marker, [self._hub.INDEX_NAME])
             shards = self._read_shards()
         chosen = sorted({*small, *self._hub.choose_weights(listed, shards)})
         marker.files = {name: listed[name] for name in chosen}
         marker.stale = [name for name in marker.stale if name not in marker.files]
         marker.save(self._directory)
+        self._remove_unfinished(marker)
         self._check_space(marker)
         self._download(marker)
-        self._verify(marker)
+        self._verify(marker, chosen)
         for name in marker.stale:
             (self._directory / name).unlink(missing_ok=True)
+        self._remove_unfinished(None)
         marker.complete = True
         marker.save(self._directory)
         seconds = time.monotonic() - started
         say(f"{self._directory} holds {_describe(marker)} ({seconds:.0f} s)")
+
+    def _remove_changed(self, earlier: Marker, listed: Mapping[str, RepoFile]) -> None:
+        """Remove files of an earlier revision that have other content in this one."""
+        for name, file in earlier.files.items():
+            if name in listed and listed[name] != file:
+                (self._directory / name).unlink(missing_ok=True)
+
+    def _remove_unfinished(self, marker: Marker | None) -> None:
+        """Remove unfinished files, but those of the marker."""
+        files = {} if marker is None else marker.files
+        kept = {partial_path(self._directory, name, file) for name, file in files.items()}
+        for path in unfinished_files(self._directory):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
     def _read_shards(self) -> set[str]:
         path = self._directory / self._hub.INDEX_NAME
@@ -178,7 +215,7 @@ class _Download:
             shards = set(json.loads(path.read_bytes())["weight_map"].values())
             if not shards or not all(isinstance(s, str) and Path(s).name == s for s in shards):
                 raise ValueError(shards)
-        except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
             raise UserError(
                 f"{path} is not an index of safetensors shards: delete it and download again, or "
                 f"choose another KT_MODEL_REVISION"
@@ -186,7 +223,11 @@ class _Download:
         return shards
 
     def _check_space(self, marker: Marker) -> None:
-        needed = sum(marker.files[name].size for name in marker.missing(self._directory))
+        missing = {name: marker.files[name] for name in marker.missing(self._directory)}
+        needed = sum(
+            file.size - (file_size(partial_path(self._directory, name, file)) or 0)
+            for name, file in missing.items()
+        )
         free = shutil.disk_usage(self._directory).free
         if free < needed:
             raise UserError(
@@ -195,30 +236,16 @@ class _Download:
             )
 
     def _download(self, marker: Marker) -> None:
-        """Fetch what is missing; start again after a lost connection."""
-        total, attempts_left = marker.total_bytes, self._config.integer("KT_DOWNLOAD_RETRIES")
-        wait = 2.0
-        missing = len(marker.missing(self._directory))
+        """Fetch what is missing."""
+        total, missing = marker.total_bytes, marker.missing(self._directory)
+        present = bytes_present(self._directory, marker.files)
         say(
             f"downloading {self._repo_id} at commit {self._commit} to {self._directory}: "
-            f"{len(marker.files)} files, {gigabytes(total)}, {missing} to fetch"
+            f"{len(marker.files)} files, {gigabytes(total)}, {len(missing)} to fetch"
+            + (f", {gigabytes(present)} are there" if missing and present else "")
         )
-        while True:
-            try:
-                with self._progress("downloading", total, marker):
-                    self._fetch(marker.files)
-                return
-            except self._hub.HubUnreachable as error:
-                left = len(marker.missing(self._directory))
-                if left < missing:
-                    missing, wait = left, 2.0
-                    attempts_left = self._config.integer("KT_DOWNLOAD_RETRIES")
-                if attempts_left == 0:
-                    raise
-                attempts_left -= 1
-                say(f"warning: {error.reason}: trying again in {wait:.0f} s")
-                time.sleep(wait)
-                wait = min(2 * wait, LONGEST_WAIT)
+        with self._progress("downloading", total, marker):
+            self._fetch(marker, marker.files)
 
     @contextmanager
     def _progress(self, what: str, total: int, marker: Marker) -> Iterator[None]:
@@ -227,33 +254,26 @@ class _Download:
         def done() -> int:
             return bytes_present(directory, files)
 
-        lines = nullcontext() if self._bars else ProgressLines(what, total, done, self._interval)
+        lines = ProgressLines(what, total, done, self._interval)
         with self._state.watch(what, total, done), lines:
             yield
 
-    def _fetch(self, files: Mapping[str, RepoFile]) -> None:
-        from huggingface_hub import snapshot_download
+    def _fetch(self, marker: Marker, files: Mapping[str, RepoFile]) -> None:
+        received = Lock()
 
-        for name, file in files.items():
-            # The client takes a file of an earlier run for finished without looking at its size.
-            if file_size(self._directory / name) not in (None, file.size):
-                (self._directory / name).unlink()
-        with self._hub.explained(self._repo_id, self._requested, self._directory):
-            snapshot_download(
-                self._repo_id,
-                revision=self._commit,
-                local_dir=self._directory,
-                allow_patterns=[glob.escape(name) for name in files],
-                max_workers=self._config.integer("KT_DOWNLOAD_WORKERS"),
-                token=self._config["HF_TOKEN"],
-            )
+        def finished(name: str, fresh: bool) -> None:
+            with received:
+                if fresh:
+                    marker.received[name] = stamp(self._directory / name)
+                marker.save(self._directory)
 
-    def _verify(self, marker: Marker) -> None:
-        """Check every file; fetch a damaged one once more."""
+        self._fetcher.fetch(files, finished)
+
+    def _verify(self, marker: Marker, names: Sequence[str]) -> None:
+        """Check files; fetch a damaged one once more."""
         with_content = self._config["KT_VERIFY_DOWNLOAD"] == "sha256"
         verifier = Verifier(self._directory, marker, with_content)
-        names = sorted(marker.files)
-        total = marker.total_bytes
+        total = sum(marker.files[name].size for name in names)
         with (
             self._state.watch("verifying", total, lambda: verifier.bytes_done),
             ProgressLines("verifying", total, lambda: verifier.bytes_done, self._interval),
@@ -264,7 +284,7 @@ class _Download:
         say(f"warning: {', '.join(bad[:3])} damaged or incomplete: downloading again")
         for name in bad:
             (self._directory / name).unlink(missing_ok=True)
-        self._fetch({name: marker.files[name] for name in bad})
+        self._fetch(marker, {name: marker.files[name] for name in bad})
         bad = verifier.bad_files(bad)
         if bad:
             raise UserError(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
 import re
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,9 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile as ListedFile
 
+from deploy.hub_http import looks_like_a_page, not_the_hub, through_proxy
 from deploy.marker import RepoFile
+from deploy.retries import HubUnreachable, Stopped, retry_after
 from kt_kernel.errors import UserError
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -39,17 +43,6 @@ NEEDED = (
     "NOTICE*",
 )
 METADATA_TIMEOUT = 30.0
-
-
-class HubUnreachable(UserError):
-    """The Hub does not answer; a finished download can do without it.
-
-    :attr:`reason` is the message without the advice.
-    """
-
-    def __init__(self, reason: str, advice: str) -> None:
-        super().__init__(f"{reason}: {advice}")
-        self.reason = reason
 
 
 def resolve_revision(api: HfApi, repo_id: str, revision: str) -> str:
@@ -76,15 +69,15 @@ def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     """
     with explained(repo_id, commit):
         listed = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
-    return {
-        entry.path: RepoFile(
-            size=entry.lfs.size if entry.lfs else entry.size,
-            sha256=entry.lfs.sha256 if entry.lfs else "",
-            git_id=entry.blob_id,
-        )
-        for entry in listed
-        if isinstance(entry, ListedFile)
-    }
+        return {
+            entry.path: RepoFile(
+                size=int(entry.lfs.size if entry.lfs else entry.size),
+                sha256=entry.lfs.sha256 if entry.lfs else "",
+                git_id=entry.blob_id,
+            )
+            for entry in listed
+            if isinstance(entry, ListedFile)
+        }
 
 
 def choose_small_files(files: dict[str, RepoFile]) -> list[str]:
@@ -128,7 +121,7 @@ def explained(repo_id: str, revision: str, directory: Path | None = None) -> Ite
     """Turn what the Hub's client raises into one line that says what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, Stopped):
         raise
     except Exception as error:
         raise _explain(error, repo_id, revision, directory) from error
@@ -156,30 +149,67 @@ def _explain(error: Exception, repo_id: str, revision: str, directory: Path | No
             )
         if isinstance(cause, hub_errors.OfflineModeIsEnabled):
             return HubUnreachable(
-                "HF_HUB_OFFLINE is set", f"unset it to download {repo_id} at {revision}"
+                "HF_HUB_OFFLINE is set",
+                f"unset it to download {repo_id} at {revision}",
+                may_pass=False,
             )
         if isinstance(cause, hub_errors.HfHubHTTPError):
-            status = cause.response.status_code
-            if status in (401, 403):
-                return UserError(
-                    f"{where} refuses the token for {repo_id} (HTTP {status}): {token_hint}"
-                )
-            if status >= 500 or status == 429:
-                return HubUnreachable(
-                    f"{where} answers HTTP {status} for {repo_id}", "try again later"
-                )
-            return UserError(f"{where} answers HTTP {status} for {repo_id} at {revision}")
-        if isinstance(cause, httpx.TransportError):
+            return _explain_status(cause.response, repo_id, revision)
+        if isinstance(cause, httpx.RequestError):
+            return _explain_connection(cause, repo_id)
+        if isinstance(cause, json.JSONDecodeError):
+            if looks_like_a_page(cause.doc.encode("utf-8", "replace")):
+                return not_the_hub(where, "a web page")
             return HubUnreachable(
-                f"cannot reach {where} for {repo_id} ({type(cause).__name__})",
-                "check the network, or set HF_ENDPOINT to a mirror; finished files are kept",
+                f"{where}{through_proxy(where)} sends no JSON, or a part of it, for {repo_id}",
+                "check HF_ENDPOINT and the proxy",
             )
-    if "No space left on device" in str(error):  # from the Rust transfer library, as text only
+    if "No space left on device" in str(error):  # from a library, as text only
         return _no_space(directory)
     if isinstance(error, OSError) and error.strerror:
         return UserError(f"cannot write {error.filename or directory}: {error.strerror}")
+    if isinstance(error, TypeError | KeyError | AttributeError | UnicodeError | RecursionError):
+        return UserError(
+            f"{where}{through_proxy(where)} sends JSON that is not the Hub's for {repo_id} "
+            f"({type(error).__name__}): set HF_ENDPOINT to the Hub or to a mirror of it"
+        )
     first_line = (str(error).strip().splitlines() or [""])[0]
     return UserError(f"downloading {repo_id} failed: {type(error).__name__}: {first_line}")
+
+
+def _explain_status(response: httpx.Response, repo_id: str, revision: str) -> Exception:
+    where, status = constants.ENDPOINT, response.status_code
+    if status in (401, 403):
+        return UserError(
+            f"{where} refuses the token for {repo_id} (HTTP {status}): set HF_TOKEN or "
+            f"HF_TOKEN_FILE to a token that has access"
+        )
+    if status >= 500 or status in (408, 429):
+        return HubUnreachable(
+            f"{where}{through_proxy(where)} answers HTTP {status} for {repo_id}",
+            "try again later",
+            wait=retry_after(response.headers),
+        )
+    return UserError(f"{where} answers HTTP {status} for {repo_id} at {revision}")
+
+
+def _explain_connection(error: httpx.RequestError, repo_id: str) -> Exception:
+    where, kind = constants.ENDPOINT, type(error).__name__
+    if isinstance(error, httpx.TooManyRedirects):
+        return not_the_hub(where, "redirects that never end")
+    # A proxy that wants a password and a certificate that nobody knows stay as they are.
+    lasting = isinstance(error, httpx.UnsupportedProtocol) or any(
+        isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error)
+    )
+    if isinstance(error, httpx.ProxyError) and re.match(r"4\d\d\b", str(error)):
+        lasting, kind = True, f"the proxy answers HTTP {str(error).splitlines()[0]}"
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        lasting, kind = True, "its certificate is signed by nobody known: set SSL_CERT_FILE"
+    return HubUnreachable(
+        f"cannot reach {where}{through_proxy(where)} for {repo_id} ({kind})",
+        "check the network, or set HF_ENDPOINT to a mirror; what is downloaded is kept",
+        may_pass=not lasting,
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -195,5 +225,5 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _no_space(directory: Path | None) -> UserError:
     return UserError(
         f"no space left while downloading to {directory}: free some and run it again, "
-        f"finished files are kept"
+        f"what is downloaded is kept"
     )

@@ -8,6 +8,7 @@ marker depends on time or host: an interrupted and repeated download ends with t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Marker:
         complete: every file was downloaded and verified.
         verified: while not complete: files whose content was checked, with the
             ``[size, mtime in ns]`` that it was checked at.
+        received: while not complete: files that came whole from the Hub, each with its
+            ``[size, mtime in ns]``; a file that was continued, or found, is not among them.
         stale: while not complete: files of an earlier revision, to be removed unless they belong
             to this one too.
     """
@@ -57,6 +60,7 @@ class Marker:
     files: dict[str, RepoFile]
     complete: bool = False
     verified: dict[str, list[int]] = field(default_factory=dict)
+    received: dict[str, list[int]] = field(default_factory=dict)
     stale: list[str] = field(default_factory=list)
 
     @property
@@ -82,8 +86,24 @@ class Marker:
         }
         if not self.complete:
             content["verified"] = dict(sorted(self.verified.items()))
+            content["received"] = dict(sorted(self.received.items()))
             content["stale"] = sorted(self.stale)
         replace_file(directory / MARKER_NAME, (json.dumps(content, indent=1) + "\n").encode())
+
+    def take_over(self, earlier: Marker, listed: Mapping[str, RepoFile], directory: Path) -> None:
+        """Keep what is known of the files that are the same in this revision.
+
+        Args:
+            earlier: the marker that the directory has.
+            listed: the files of this revision.
+        """
+        self.stale = sorted({*earlier.files, *earlier.stale})
+        self.files = {n: file for n, file in earlier.files.items() if listed.get(n) == file}
+        self.verified = {n: s for n, s in earlier.verified.items() if n in self.files}
+        self.received = {n: s for n, s in earlier.received.items() if n in self.files}
+        if earlier.complete:
+            there = {*self.files} - {*self.missing(directory)}
+            self.received = {name: stamp(directory / name) for name in there}
 
     def missing(self, directory: Path) -> list[str]:
         """Files that are not there, or not in their size."""
@@ -92,6 +112,16 @@ class Marker:
             for name, file in sorted(self.files.items())
             if file_size(directory / name) != file.size
         ]
+
+
+def _stamps(found: dict[Any, Any]) -> dict[str, list[int]]:
+    return {str(name): [int(x) for x in value] for name, value in found.items()}
+
+
+def stamp(path: Path) -> list[int]:
+    """What tells a file that was not touched since: ``[size, mtime in ns]``."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def file_size(path: Path) -> int | None:
@@ -122,7 +152,8 @@ def read_marker(directory: Path) -> Marker | None:
                 for name, f in found["files"].items()
             },
             complete=found["complete"] is True,
-            verified={str(n): [int(x) for x in v] for n, v in found.get("verified", {}).items()},
+            verified=_stamps(found.get("verified", {})),
+            received=_stamps(found.get("received", {})),
             stale=[str(name) for name in found.get("stale", [])],
         )
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Progress of a download for logs, where the Hub client's bars would be noise."""
+"""Progress in words, for logs and for people at a terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TextIO
 
-from deploy.marker import RepoFile
-
-#: Where the Hub's client keeps unfinished files of a local directory.
-CLIENT_FOLDER = Path(".cache/huggingface/download")
+#: Seconds between updates of the one line that a terminal shows.
+TERMINAL_SECONDS = 1.0
 
 
 def gigabytes(count: float) -> str:
@@ -23,32 +20,11 @@ def gigabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def unfinished_files(directory: Path) -> list[Path]:
-    """Files that the Hub's client was writing when it stopped, or is writing now."""
-    return [path for path in (directory / CLIENT_FOLDER).rglob("*.incomplete") if path.is_file()]
-
-
-def bytes_present(directory: Path, files: dict[str, RepoFile]) -> int:
-    """Bytes of the wanted files that are on the disk, unfinished ones included."""
-    total = 0
-    for name, file in files.items():
-        try:
-            total += min((directory / name).stat().st_size, file.size)
-        except OSError:
-            continue
-    for path in unfinished_files(directory):
-        try:
-            stat = path.stat()
-        except OSError:  # finished and renamed meanwhile
-            continue
-        total += min(stat.st_size, stat.st_blocks * 512)  # some transfers leave holes
-    return min(total, sum(file.size for file in files.values()))
-
-
 class ProgressLines:
     """Prints ``<what> 12.3 GB of 688.6 GB (2%), 118.0 MB/s`` every ``interval`` seconds.
 
-    Use as a context manager around the work; ``done`` is asked for the bytes done so far.
+    On a terminal it is one line that changes every second. Use as a context manager around the
+    work; ``done`` is asked for the bytes done so far.
     """
 
     def __init__(
@@ -60,8 +36,9 @@ class ProgressLines:
         stream: TextIO | None = None,
     ) -> None:
         self._what, self._total, self._done = what, total, done
-        self._interval = interval
         self._stream = stream or sys.stderr
+        self._in_place = self._stream.isatty()
+        self._interval = TERMINAL_SECONDS if self._in_place else interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
@@ -71,12 +48,13 @@ class ProgressLines:
             done, now = self._done(), time.monotonic()
             rate = max(0.0, (done - last_done) / (now - last_time))
             share = 100 * done / self._total if self._total else 100
-            print(
+            line = (
                 f"{self._what} {gigabytes(done)} of {gigabytes(self._total)} ({share:.0f}%), "
-                f"{gigabytes(rate)}/s",
-                file=self._stream,
-                flush=True,
+                f"{gigabytes(rate)}/s"
             )
+            # Blanks wipe out the rest of a longer line.
+            start, end = ("\r", " " * 8) if self._in_place else ("", "\n")
+            print(f"{start}{line}", end=end, file=self._stream, flush=True)
             last_done, last_time = done, now
 
     def __enter__(self) -> ProgressLines:
@@ -86,3 +64,5 @@ class ProgressLines:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        if self._in_place:
+            print(file=self._stream)

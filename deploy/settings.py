@@ -116,13 +116,15 @@ TABLE: tuple[Setting, ...] = (
     ),
     Setting(
         "KT_DOWNLOAD_RETRIES", Integer(0), "5",
-        "Times to try again when the connection is lost and no file was finished since.",
+        "Times to ask the Hub again when a request fails in a way that may pass: HTTP 429 and 5xx, "
+        "a lost connection, no answer, half an answer. Counted for each request and file, and from "
+        "the start again when more of the file has arrived.",
         DOWNLOAD, ("download",),
     ),
     Setting(
         "KT_VERIFY_DOWNLOAD", Choice(("sha256", "size")), "sha256",
-        "What is checked of each file after the download: its SHA-256 where the Hub gives one, "
-        "which reads everything once more, or its size only.",
+        "What is checked of each file after the download: its digest, which reads everything once "
+        "more, or its size only, except for files that an earlier run began.",
         DOWNLOAD, ("download",),
     ),
     Setting(
@@ -442,11 +444,6 @@ TABLE: tuple[Setting, ...] = (
         "HF_HUB_OFFLINE", _BOOL, "", "Never ask the Hub; what is downloaded has to do.",
         FOREIGN, ("download", "serve"),
     ),
-    Setting(
-        "HF_XET_HIGH_PERFORMANCE", _BOOL, "",
-        "Let the Hub's client use all cores and much memory for faster downloads.",
-        FOREIGN, ("download",),
-    ),
 )
 # fmt: on
 
@@ -455,7 +452,7 @@ TABLE: tuple[Setting, ...] = (
 HANDED_ON = (
     ("SGLANG_*", "SGLang's own variables"),
     ("HF_HUB_*", "variables of the Hub's client"),
-    ("HF_XET_*", "variables of the Hub's transfer library"),
+    ("HF_XET_*", "taken and not used: files come over HTTP, so that they can be continued"),
     ("NCCL_*", "NVIDIA's collective library"),
     ("CUDA_*", "the CUDA runtime; CUDA_VISIBLE_DEVICES chooses GPUs"),
     ("TRITON_*", "the Triton compiler"),

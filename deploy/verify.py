@@ -27,7 +27,8 @@ class Verifier:
     Args:
         directory: the model directory.
         marker: its marker, whose ``files`` are checked.
-        with_content: compare the content's hash, not only the size.
+        with_content: compare the content's hash of every file; else only of those that did not
+            come whole from the Hub: continued after an interruption, or found in the directory.
     """
 
     def __init__(self, directory: Path, marker: Marker, with_content: bool) -> None:
@@ -54,12 +55,13 @@ class Verifier:
             if stat.st_size != file.size:
                 return False
             known = self._marker.verified.get(name) == stamp
-            if not known and self._with_content and not self._has_content(fd, file):
+            read = not known and (self._with_content or self._marker.received.get(name) != stamp)
+            if read and not self._has_content(fd, file):
                 return False
             os.fsync(fd)  # the marker will vouch for it after a power cut, too
         finally:
             os.close(fd)
-        self._record(name, stamp, file.size if known or not self._with_content else 0)
+        self._record(name, stamp if read or known else None, 0 if read else file.size)
         return True
 
     def _has_content(self, fd: int, file: RepoFile) -> bool:
@@ -75,10 +77,11 @@ class Verifier:
                 self.bytes_done += len(chunk)
         return digest.hexdigest() == wanted
 
-    def _record(self, name: str, stamp: list[int], unread: int) -> None:
+    def _record(self, name: str, stamp: list[int] | None, unread: int) -> None:
         with self._lock:
             self.bytes_done += unread
-            self._marker.verified[name] = stamp
+            if stamp is not None:
+                self._marker.verified[name] = stamp
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 self._marker.save(self._directory)
                 self._saved = time.monotonic()

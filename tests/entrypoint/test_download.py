@@ -69,7 +69,7 @@ def test_a_branch_without_network_keeps_what_is_there(hub: LocalHub, tmp_path: P
     model = tmp_path / "model"
     download(hub, model)
     for unreachable in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
-        said = download(hub, model, **unreachable)
+        said = download(hub, model, KT_DOWNLOAD_RETRIES="0", **unreachable)
         assert "warning: " in said
         assert f"keeping {model}" in said
         assert hub.revision in said
@@ -80,7 +80,8 @@ def test_a_branch_without_network_must_be_the_one_that_is_there(
 ) -> None:
     model = tmp_path / "model"
     download(hub, model)
-    settings = hub.settings(model, HF_ENDPOINT="http://127.0.0.1:9", KT_MODEL_REVISION="v2")
+    gone = {"HF_ENDPOINT": "http://127.0.0.1:9", "KT_DOWNLOAD_RETRIES": "0"}
+    settings = hub.settings(model, **gone, KT_MODEL_REVISION="v2")
     assert "cannot reach http://127.0.0.1:9" in fails("download", **settings)
 
 

@@ -77,7 +77,8 @@ def test_the_right_token_from_a_file(start_hub: Callable[..., LocalHub], tmp_pat
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
 def test_no_network(hub: LocalHub, tmp_path: Path, endpoint: str) -> None:
-    line = fails("download", **hub.settings(tmp_path / "model", HF_ENDPOINT=endpoint))
+    settings = hub.settings(tmp_path / "model", HF_ENDPOINT=endpoint, KT_DOWNLOAD_RETRIES="0")
+    line = fails("download", **settings)
     assert f"cannot reach {endpoint} for {REPO_ID}" in line
     assert "HF_ENDPOINT" in line
 
@@ -118,7 +119,7 @@ def test_a_shard_that_the_index_names_is_not_there(hub: LocalHub, tmp_path: Path
     assert "names model-00002-of-000004.safetensors, which the repository does not have" in line
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": "../b"}}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {"a": "../b"}}', "{}", "[" * 10_000])
 def test_an_index_that_is_none(hub: LocalHub, tmp_path: Path, text: str) -> None:
     (hub.folder / "model.safetensors.index.json").write_text(text)
     line = fails("download", **hub.settings(tmp_path / "model"))

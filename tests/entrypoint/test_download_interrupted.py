@@ -11,9 +11,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.entrypoint.helpers import LocalHub, clean_environment, command, content, fetched, run
+from deploy.marker import RepoFile
+from deploy.unfinished import partial_path
+from examples.tiny.hub import HubHandler
+from tests.entrypoint.helpers import (
+    REPO_ID,
+    LocalHub,
+    clean_environment,
+    command,
+    content,
+    fetched,
+    run,
+)
 
 SHARDS, SHARD_BYTES = 6, 400_000
+#: Files besides the shards may be on their way, too.
+SMALL_FILES = 10_000
 
 
 def kill_after(seconds: float, settings: dict[str, str]) -> bool:
@@ -76,12 +89,16 @@ def test_killed_at_random_moments(
         kills += kill_after(random_numbers.uniform(0.7, 3.0), settings)
         assert not before & set(fetched(hub.log_lines())), "a finished file was fetched again"
     before = finished_files(model, hub)
+    begun = sum(path.stat().st_size for path in model.rglob("*.incomplete"))
     hub.forget()
     hub.options.rate = None
     result = run("download", **settings)
     assert result.returncode == 0, result.stderr
     assert kills > 0
     assert not before & set(fetched(hub.log_lines()))
+    shards = [name for name in hub.needed if name.endswith(".safetensors")]
+    missing = sum((hub.folder / name).stat().st_size for name in shards if name not in before)
+    assert sum(map(sum, bytes_of_files(hub).values())) <= missing - begun + SMALL_FILES
     fresh = tmp_path / "fresh"
     assert run("download", **hub.settings(fresh)).returncode == 0
     assert content(model) == content(fresh)
@@ -130,3 +147,55 @@ def test_killed_during_an_update_is_no_model(
     fresh = tmp_path / "fresh"
     assert run("download", **hub.settings(fresh)).returncode == 0
     assert content(model) == content(fresh)
+
+
+@pytest.mark.parametrize("verify", ["sha256", "size"])
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_what_an_earlier_run_left_of_a_file(
+    hub: LocalHub, tmp_path: Path, ranges: bool, verify: str
+) -> None:
+    """Beginnings are continued; damage, too many bytes and other contents never get into a file."""
+
+    class NoRanges(HubHandler):
+        def _range(self, size: int) -> tuple[int, int]:
+            return 0, size
+
+    if not ranges:
+        hub.hub.RequestHandlerClass = NoRanges
+    model = tmp_path / "model"
+    listed = hub.hub.repositories.snapshot(REPO_ID).files
+    shards = [name for name in hub.needed if name.endswith(".safetensors")]
+
+    def leave(name: str, content: bytes, sha256: str = "") -> Path:
+        file = listed[name]
+        path = partial_path(model, name, RepoFile(file.size, sha256 or file.sha256, file.git_id))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    whole = {name: (hub.folder / name).read_bytes() for name in shards}
+    continued, damaged, long, revised = shards
+    leave(continued, whole[continued][:200_000])
+    leave(damaged, b"x" * 200_000)
+    leave(long, whole[long] + b"x")
+    old = leave(revised, b"y" * 200_000, sha256="0" * 64)
+    result = run("download", **hub.settings(model, KT_VERIFY_DOWNLOAD=verify))
+    assert result.returncode == 0, result.stderr
+    for name in shards:
+        assert (model / name).read_bytes() == whole[name]
+    assert not old.exists()
+    sent = bytes_of_files(hub)
+    size = len(whole[continued])
+    assert sent[continued] == [size - 200_000 if ranges else size]
+    assert sent[damaged] == ([size - 200_000, size] if ranges else [size])
+    assert sent[long] == sent[revised] == [size]
+
+
+def bytes_of_files(hub: LocalHub) -> dict[str, list[int]]:
+    """Body bytes of each answer with a shard, in order."""
+    found: dict[str, list[int]] = {}
+    for line in hub.log_lines():
+        _, path, _, count = line.split()
+        if path.endswith(".safetensors"):
+            found.setdefault(path.rpartition("/")[2], []).append(int(count))
+    return found
