@@ -16,6 +16,8 @@ from typing import Any, Self
 
 import httpx
 
+from deploy.settings import is_for
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_LIMIT = 400.0
 """Seconds; a start takes 25 to 45 on an idle machine, several times that on a busy one."""
@@ -173,13 +175,15 @@ class Server:
                 **options,
             },
             timeout=300,
+            trust_env=False,
         )
         response.raise_for_status()
         result: dict[str, Any] = response.json()
         return result
 
     def _launch(self) -> None:
-        environment = {**os.environ, **self.settings}
+        shell = {name: value for name, value in os.environ.items() if is_for(name, "serve")}
+        environment = {**shell, **self.settings}
         environment |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(self.port)}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -196,7 +200,9 @@ class Server:
     def _is_ready(self) -> bool:
         # /health generates a token, so it also waits for the warm-up to be over.
         try:
-            response = httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=30)
+            response = httpx.get(
+                f"http://127.0.0.1:{self.port}/health", timeout=30, trust_env=False
+            )
         except httpx.TransportError:
             return False
         return response.status_code == 200

@@ -12,7 +12,7 @@ from deploy.by_card import attention_backend, choose_sizes, dense_attention, gpu
 from deploy.config import Config
 from deploy.machine import Machine
 from deploy.setting import AUTO, Flag, Setting
-from deploy.settings import BY_NAME, SECRETS, commanded
+from deploy.settings import BY_NAME, SECRETS, commanded, is_for
 from kt_kernel.errors import UserError
 from kt_kernel.host import cpus_beside_experts
 from kt_kernel.sglang_plugin.device import launch_environment
@@ -219,6 +219,7 @@ def _serving_variables(config: Config) -> dict[str, str]:
     return {
         name: config.environment[name]
         for name in config.from_files
-        if name not in SECRETS
-        and (name not in BY_NAME or (BY_NAME[name].by_name and "serve" in BY_NAME[name].stages))
+        if is_for(name, "serve")
+        and name not in SECRETS
+        and (name not in BY_NAME or BY_NAME[name].by_name)
     }

@@ -12,7 +12,7 @@ from typing import Any, cast
 from deploy.env_file import read_env_file
 from deploy.errors import UserErrors
 from deploy.setting import AUTO, PREFIX, Setting
-from deploy.settings import BY_NAME, SECRETS, TABLE, is_known, known_names
+from deploy.settings import BY_NAME, SECRETS, TABLE, is_for, is_known, known_names
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Config:
 
     Attributes:
         values: by name; None where nothing is set and there is no default.
-        environment: the process's variables and those of the env files, the former winning.
+        environment: the process's variables and those of the env files, the former winning;
+            without those of other stages.
         from_files: names in ``environment`` whose value comes from an env file.
     """
 
@@ -55,7 +56,8 @@ def load(
     """Read and check all settings.
 
     A variable of ``environ`` wins over the env files, a later file over an earlier one. An empty
-    variable counts as not set. Secrets are read from their files only if ``stage`` uses them.
+    variable counts as not set. Secrets are read from their files only if ``stage`` uses them, and
+    ``environment`` has only what is for ``stage`` or for no stage at all; without ``stage``, all.
 
     Raises:
         UserErrors: unknown names and bad values, all of them, each with what was expected.
@@ -93,6 +95,9 @@ def load(
             environ = {name: value for name, value in environ.items() if name != setting.name}
     environment = {name: value for name, (value, _) in given.items()}
     kept = {k: v for k, v in environ.items() if v or not _in_table(k)}
+    if stage is not None:
+        environment = {k: v for k, v in environment.items() if is_for(k, stage)}
+        kept = {k: v for k, v in kept.items() if is_for(k, stage)}
     return Config(values, {**environment, **kept}, frozenset(environment) - frozenset(kept))
 
 
@@ -144,8 +149,10 @@ def _read_secret(setting: Setting, file: str, where: str) -> str:
 
 
 def export(config: Config) -> None:
-    """Give this process the variables of the env files, for libraries that read ``os.environ``."""
+    """Give this process the stage's variables, for libraries that read ``os.environ``.
+
+    Those of the env files are added; those that are empty or of other stages are taken away.
+    """
     for name in [name for name in os.environ if name not in config.environment]:
-        if _in_table(name):
-            del os.environ[name]
+        del os.environ[name]
     os.environ.update(config.environment)

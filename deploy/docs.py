@@ -107,8 +107,13 @@ def configuration_page() -> str:
         if section == FOREIGN:
             parts.append(
                 "An env file may also set these, which are handed on unchecked:\n\n"
-                + "\n".join(f"- `{pattern}`: {what}" for pattern, what in HANDED_ON)
-                + "\n"
+                "| Variable | Meaning | Handed on to |\n|---|---|---|\n"
+                + "\n".join(
+                    f"| `{pattern}` | {what} | {_enumerate(stages)} |"
+                    for pattern, what, stages in HANDED_ON
+                )
+                + "\n\nA stage, and what it starts, gets only the variables that are for it, "
+                "wherever they come from. Variables that are in no table go to all.\n"
             )
     rows = [f"| `{s.adds}` | {s.reason} | `{s.turn_off}` |" for s in TABLE if s.adds]
     parts.append(FLAGS_INTRODUCTION + "\n".join(rows) + "\n")

@@ -5,6 +5,7 @@ Import this module only after the environment is complete: the client reads HF_*
 
 from __future__ import annotations
 
+import os
 import re
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -24,7 +25,17 @@ _PAGE = re.compile(
 
 
 def prepare_client() -> None:
-    """Make the Hub's client refuse web pages and wait for no answer forever."""
+    """Make the Hub's client refuse web pages and wait for no answer forever.
+
+    Raises:
+        UserError: a file of certificates cannot be read.
+    """
+    # httpx knows the former only; the latter is older and in many set-ups.
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        if path := os.environ.get(name):
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{name}: expected a file of certificates, cannot read {path}")
+            os.environ.setdefault("SSL_CERT_FILE", path)
     set_client_factory(_client)
 
 

@@ -448,32 +448,61 @@ TABLE: tuple[Setting, ...] = (
 # fmt: on
 
 #: Names besides the table's that an env file may set: read by the programs that a stage starts,
-#: handed on unchecked.
-HANDED_ON = (
-    ("SGLANG_*", "SGLang's own variables"),
-    ("HF_HUB_*", "variables of the Hub's client"),
-    ("HF_XET_*", "taken and not used: files come over HTTP, so that they can be continued"),
-    ("NCCL_*", "NVIDIA's collective library"),
-    ("CUDA_*", "the CUDA runtime; CUDA_VISIBLE_DEVICES chooses GPUs"),
-    ("TRITON_*", "the Triton compiler"),
-    ("OMP_*", "OpenMP threads of torch"),
-    ("*_PROXY", "HTTP_PROXY, HTTPS_PROXY, NO_PROXY, ALL_PROXY"),
-    ("*_proxy", "the same in lower case"),
-    ("SSL_CERT_FILE", "certificates of a private network"),
-    ("REQUESTS_CA_BUNDLE", "certificates of a private network"),
+#: handed on unchecked to the stages named. A pattern in capitals that ends in _PROXY holds for any
+#: case, as in the programs that read it.
+HANDED_ON: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("SGLANG_*", "SGLang's own variables", ("serve", "check")),
+    ("HF_HUB_*", "variables of the Hub's client", ("download", "serve")),
+    (
+        "HF_XET_*",
+        "taken and not used: files come over HTTP, so that they can be continued",
+        ("download",),
+    ),
+    ("HUGGING_FACE_HUB_TOKEN", "an older name of HF_TOKEN", ("download",)),
+    ("NCCL_*", "NVIDIA's collective library", ("serve", "check")),
+    (
+        "CUDA_*",
+        "the CUDA runtime; CUDA_VISIBLE_DEVICES chooses GPUs",
+        ("convert", "serve", "check"),
+    ),
+    ("TRITON_*", "the Triton compiler", ("serve",)),
+    ("OMP_*", "OpenMP threads of torch", ("convert", "serve")),
+    (
+        "*_PROXY",
+        "HTTP_PROXY, HTTPS_PROXY, NO_PROXY, ALL_PROXY, in capitals or not: the way to the Hub. The "
+        "server never gets them; it would ask itself through the proxy",
+        ("download",),
+    ),
+    ("SSL_CERT_FILE", "certificates of a private network", ("download",)),
+    ("REQUESTS_CA_BUNDLE", "the same, if SSL_CERT_FILE is not set", ("download",)),
 )
 
 BY_NAME: dict[str, Setting] = {setting.name: setting for setting in TABLE}
 SECRETS: dict[str, Setting] = {s.file_name: s for s in TABLE if s.secret}
 
 
+def stages_of(name: str) -> tuple[str, ...] | None:
+    """The stages that get a variable; None for one that is not this project's: all get it."""
+    setting = BY_NAME.get(name) or SECRETS.get(name)
+    if setting is not None:
+        return setting.stages
+    found = [stages for pattern, _, stages in HANDED_ON if _matches(name, pattern)]
+    return tuple(stage for stages in found for stage in stages) if found else None
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.upper() if pattern.endswith("_PROXY") else name, pattern)
+
+
+def is_for(name: str, stage: str) -> bool:
+    """Whether a stage, and the programs it starts, get a variable."""
+    stages = stages_of(name)
+    return stages is None or stage in stages
+
+
 def is_known(name: str) -> bool:
     """Whether a name may stand in an env file."""
-    return (
-        name in BY_NAME
-        or name in SECRETS
-        or any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in HANDED_ON)
-    )
+    return stages_of(name) is not None
 
 
 def known_names() -> list[str]:

@@ -20,6 +20,8 @@ if [ -n "${KT_API_KEY_FILE:-}" ]; then
   [ -r "$KT_API_KEY_FILE" ] || fail "cannot read KT_API_KEY_FILE $KT_API_KEY_FILE"
   KT_API_KEY=$(cat "$KT_API_KEY_FILE")
 fi
+# The servers are not behind a proxy for the internet.
+unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
 # The servers' key: it opens what the router asks them, and clients have to send it, too.
 [ -z "${KT_API_KEY:-}" ] || set -- --api-key "$KT_API_KEY" "$@"
 # A server that has not answered by the end of the start-up time would never be asked again, and

@@ -70,6 +70,8 @@ def settings(work: Path, hub: str, port: int) -> dict[str, str]:
     """The environment of all stages of the demo."""
     demo = {
         "HF_ENDPOINT": hub,
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
         "KT_MODEL_ID": REPO_ID,
         "KT_MODEL_PATH": str(work / "models" / "DeepSeek-V3.2-tiny"),
         "KT_WEIGHT_PATH": str(work / "weights" / "DeepSeek-V3.2-tiny-INT4"),

@@ -67,3 +67,9 @@ def test_mistakes_are_one_line(folder: Path, variables: dict[str, str], message:
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_servers_are_asked_without_a_proxy(folder: Path) -> None:
+    (folder / "python").write_text("#!/bin/sh\nenv\n")
+    variables = arguments(folder, WORKER_URLS="http://a:1", HTTP_PROXY="p", all_proxy="p")
+    assert not [line for line in variables if "proxy" in line.lower()]

@@ -10,6 +10,8 @@ import pytest
 from deploy.config import export, load
 from deploy.env_file import read_env_file
 from deploy.errors import UserErrors
+from deploy.setting import STAGES
+from deploy.settings import HANDED_ON
 
 
 def problems(environ: dict[str, str], *files: Path, stage: str | None = None) -> list[str]:
@@ -167,3 +169,49 @@ def test_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["HF_ENDPOINT"] == "http://mirror"
     assert os.environ["SGLANG_X"] == "1"
     assert "HF_HOME" not in os.environ
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["environment", "env file"])
+def test_a_stage_gets_its_own_variables(tmp_path: Path, from_file: bool) -> None:
+    """A proxy for the download would stand between the server and itself."""
+    given = {
+        "HTTP_PROXY": ("download",),
+        "https_proxy": ("download",),
+        "All_Proxy": ("download",),
+        "NO_PROXY": ("download",),
+        "SSL_CERT_FILE": ("download",),
+        "HF_TOKEN": ("download",),
+        "HUGGING_FACE_HUB_TOKEN": ("download",),
+        "HF_ENDPOINT": ("download",),
+        "HF_HUB_OFFLINE": ("download", "serve"),
+        "HF_HUB_DISABLE_TELEMETRY": ("download", "serve"),
+        "KT_API_KEY": ("serve", "smoke"),
+        "KT_PORT": ("serve", "check", "smoke", "health", "status"),
+        "SGLANG_X": ("serve", "check"),
+        "SGLANG_X_PROXY": ("download", "serve", "check"),
+        "OMP_NUM_THREADS": ("convert", "serve"),
+    }
+    values = {"HF_ENDPOINT": "http://hub"}
+    texts = {name: values.get(name, "1") for name in given}
+    file = write(tmp_path / "a", "".join(f"{name}={text}\n" for name, text in texts.items()))
+    for stage in STAGES:
+        environ = {"PATH": "/bin", **({} if from_file else texts)}
+        config = load(environ, [file] if from_file else [], stage)
+        expected = {name for name, stages in given.items() if stage in stages}
+        assert set(config.environment) == {"PATH", *expected}, stage
+
+
+def test_what_is_handed_on_names_stages() -> None:
+    for pattern, _, stages in HANDED_ON:
+        assert stages, pattern
+        assert set(stages) <= set(STAGES)
+
+
+def test_export_takes_other_stages_variables_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("KT_")}
+    export(load(environ, stage="serve"))
+    assert "PATH" in os.environ
+    assert not {"HTTPS_PROXY", "HF_TOKEN"} & set(os.environ)

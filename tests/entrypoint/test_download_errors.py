@@ -83,6 +83,12 @@ def test_no_network(hub: LocalHub, tmp_path: Path, endpoint: str) -> None:
     assert "HF_ENDPOINT" in line
 
 
+def test_certificates_that_are_not_there(hub: LocalHub, tmp_path: Path) -> None:
+    settings = hub.settings(tmp_path / "model", REQUESTS_CA_BUNDLE="/no/such.pem")
+    line = fails("download", **settings)
+    assert "REQUESTS_CA_BUNDLE: expected a file of certificates, cannot read /no/such.pem" in line
+
+
 def test_offline(hub: LocalHub, tmp_path: Path) -> None:
     line = fails("download", **hub.settings(tmp_path / "model", HF_HUB_OFFLINE="1"))
     assert "HF_HUB_OFFLINE is set" in line

@@ -42,6 +42,10 @@ def test_serve_and_smoke(tmp_path: Path) -> None:
         "KT_DEVICE": "cpu",
         "KT_API_KEY_FILE": str(tmp_path / "key"),
         "KT_RUN_DIR": str(tmp_path / "run"),
+        # For the download; the server would warm up through it, the smoke test ask through it.
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "all_proxy": "http://127.0.0.1:9",
+        "HF_TOKEN": "hf_secret",
     }
     assert run("convert", **settings).returncode == 0
     with Server(settings, tmp_path / "log", command("serve")) as server:
@@ -49,6 +53,9 @@ def test_serve_and_smoke(tmp_path: Path) -> None:
         # The process became the server, so signals of a container's engine reach it directly.
         words = Path(f"/proc/{server._process.pid}/cmdline").read_bytes().split(b"\0")
         assert words[1:3] == [b"-m", b"sglang.launch_server"]
+        variables = Path(f"/proc/{server._process.pid}/environ").read_bytes().upper()
+        assert b"_PROXY=" not in variables
+        assert b"HF_TOKEN=" not in variables
 
         # The API key is not for /health; the state is asked of the running server.
         assert run("health", **settings).stdout == "ready\n"
