@@ -63,14 +63,16 @@ def load(
         UserErrors: unknown names and bad values, all of them, each with what was expected.
     """
     given: dict[str, tuple[str, str]] = {}  # name -> (value, where)
+    earlier: dict[str, str] = {}  # what later files may use
     problems: list[str] = []
     for file in env_files:
         try:
-            assignments = read_env_file(file)
+            assignments = read_env_file(file, {**earlier, **environ})
         except UserErrors as error:
             problems += error.messages
             continue
         for line in assignments:
+            earlier[line.name] = line.value
             if not is_known(line.name):
                 problems.append(f"{line.where}: {_unknown(line.name)}")
             elif line.value or not _in_table(line.name):

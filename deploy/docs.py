@@ -33,8 +33,10 @@ files, and a later file over an earlier one. An empty variable counts as not set
 - `auto`, where it is allowed, chooses by what the machine or the model is; `serve` and `check`
   print what was chosen and why. `none`, where it is allowed, leaves the flag out.
 - For a secret `X`, `X_FILE` may name a file that holds it. Setting both is an error.
-- An env file has lines `NAME=value`, with `#` comments and shell-like quotes. Variables in it are
-  not expanded.
+- An env file has lines `NAME=value` and gives the values that `docker compose` gives for the same
+  file: with ` #` comments, quotes, escapes in double quotes, and `$NAME`, `${{NAME:-default}}` from
+  the environment or from earlier lines, unless in single quotes. A dollar sign is `$$`. A name
+  without value and a name that is set twice are errors.
 
 `env/tutorial.env` holds the tutorial's values. With it,
 `python entrypoint.py --env-file env/tutorial.env serve --print` prints the tutorial's launch
