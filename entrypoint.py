@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """``python entrypoint.py download|convert|serve|check|smoke|health|status``: see ``--help``."""
 
-import sys
-
 from deploy.cli import main
+from kt_kernel.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

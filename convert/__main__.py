@@ -1,8 +1,7 @@
 """Entry point of ``python -m convert``."""
 
-import sys
-
 from convert.cli import main
+from kt_kernel.program import run_program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -278,6 +278,7 @@ def all_checks() -> tuple[Entry, ...]:
         Entry(checks_machine.check_shared_memory, True),
         Entry(checks_machine.check_disk, False),
         Entry(checks_machine.check_run_directory, False),
+        Entry(checks_machine.check_home, True),
         Entry(checks_model.check_model, True, host=False),
         Entry(checks_model.check_weights, True, host=False),
         Entry(check_port, True),

@@ -14,7 +14,7 @@ from deploy.needs import marker_of
 from deploy.progress import gigabytes
 from deploy.state import run_directory
 from deploy.unfinished import bytes_present
-from kt_kernel.host import huge_page_mode
+from kt_kernel.host import home_problem, huge_page_mode
 
 #: NCCL's and torch's shared memory for several GPUs; with one, little is used.
 SHM_BYTES = 1 << 30
@@ -228,6 +228,18 @@ def check_run_directory(situation: Situation) -> Iterator[Result]:
         f"a KT_RUN_DIR {directory} that can be written",
         "one" if writable else f"that user {os.getuid()} cannot write to {folder}",
         "" if writable else "set KT_RUN_DIR, or `health` knows nothing",
+    )
+
+
+def check_home(situation: Situation) -> Iterator[Result]:
+    """SGLang's libraries keep compiled kernels below the home directory, and end without one."""
+    problem = home_problem()
+    yield Result(
+        "home",
+        Status.FAIL if problem else Status.PASS,
+        "a home directory for the caches of SGLang's libraries",
+        problem or str(Path.home()),
+        "set HOME to a directory that can be written" if problem else "",
     )
 
 

@@ -9,12 +9,12 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from deploy.config import Config, load
 from deploy.errors import messages_of
 from deploy.setting import AUTO, SECTIONS, STAGES, Setting
-from deploy.settings import TABLE
+from deploy.settings import BY_NAME, TABLE
 from deploy.state import STATEFUL, StageState, run_directory
 from kt_kernel.errors import UserError
 
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             config = load(os.environ, files, args.stage)
         except UserError:
-            state = _open_state(args, os.environ.get("KT_RUN_DIR") or AUTO)
+            state = _open_state(args, _run_dir_of_environment())
             raise
         state = _open_state(args, config["KT_RUN_DIR"])
         return _run(args, config, state)
@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if state is not None:
             state.fail("; ".join(messages))
         return 1 if args.stage == "health" else 2  # health checks know 0 and 1 only
+    except BrokenPipeError:
+        raise  # the reader of the output has gone
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         if state is not None:
@@ -167,6 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if state is not None:
             state.fail(f"{type(error).__name__}: {error}")
         raise
+
+
+def _run_dir_of_environment() -> str | Path:
+    """KT_RUN_DIR where the settings as a whole cannot be had."""
+    try:
+        return cast(str | Path, BY_NAME["KT_RUN_DIR"].parse(os.environ.get("KT_RUN_DIR") or AUTO))
+    except ValueError:
+        return AUTO
 
 
 def _open_state(args: argparse.Namespace, run_dir: str | Path) -> StageState | None:

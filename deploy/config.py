@@ -13,6 +13,7 @@ from deploy.env_file import read_env_file
 from deploy.errors import UserErrors
 from deploy.setting import AUTO, PREFIX, Setting
 from deploy.settings import BY_NAME, SECRETS, TABLE, is_for, is_known, known_names
+from deploy.value_types import BadValue
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,18 @@ def _value(setting: Setting, given: Mapping[str, tuple[str, str]], stage: str | 
         return None
     try:
         return setting.parse(text)
-    except ValueError:
-        shown = "its value (not shown)" if setting.secret else repr(text)
+    except (ValueError, RecursionError) as error:  # the latter from JSON, level on level
+        shown = "its value (not shown)" if setting.secret else shorten(repr(text))
+        why = f": {error}" if isinstance(error, BadValue) else ""
         raise ValueError(
-            f"{where}{setting.name}: expected {setting.expected}, found {shown}"
+            f"{where}{setting.name}: expected {setting.expected}, found {shown}{why}"
         ) from None
+
+
+def shorten(text: str, most: int = 200) -> str:
+    """A text for a message of one line; its middle is left out if it is long."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def _read_secret(setting: Setting, file: str, where: str) -> str:

@@ -14,6 +14,7 @@ from deploy.config import Config, export
 from deploy.errors import UserErrors
 from deploy.machine import survey
 from deploy.report import say
+from deploy.settings import commanded
 from deploy.state import StageState
 from kt_kernel.sglang_plugin import check_registered
 
@@ -37,6 +38,7 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
     if print_only:
         print(json.dumps({"argv": command.shown_argv()}) if as_json else command.shown())
         return 0
+    _refuse_bytes(config)
     check_registered()
     for note in command.notes:
         say(note)
@@ -59,6 +61,28 @@ def run(config: Config, print_only: bool, as_json: bool, state: StageState | Non
         environment |= state.for_server()
         state.set("loading")  # the process keeps its id, so that `health` sees it end
     become(command, environment)
+
+
+def _refuse_bytes(config: Config) -> None:
+    """SGLang's processes hand paths to each other as text."""
+    names = [setting.name for setting, _ in commanded("serve")]
+    bad = [name for name in names if not _is_text(str(config[name]))]
+    if bad:
+        raise UserErrors(
+            [
+                f"{name}: expected text in UTF-8, which SGLang needs, found {str(config[name])!r}: "
+                f"rename the directory, or set a link to it"
+                for name in bad
+            ]
+        )
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a name that are not UTF-8
+        return False
+    return True
 
 
 def become(command: Command, environment: dict[str, str]) -> NoReturn:

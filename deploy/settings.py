@@ -81,6 +81,7 @@ CHECK_NAMES = (
     "shm",
     "disk",
     "run-dir",
+    "home",
     "model",
     "weights",
     "port",

@@ -97,7 +97,7 @@ def _process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot; 0 if there is no such process."""
     try:
         # The second field, the name, may hold spaces and brackets: count from its end.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return 0
     return 0 if fields[0] in "ZX" else int(fields[19])
@@ -157,7 +157,11 @@ def run_directory(setting: str | Path) -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime) / "kt-kernel"
-    return Path(tempfile.gettempdir()) / f"kt-kernel-{os.getuid()}"
+    try:
+        temporary = Path(tempfile.gettempdir())
+    except OSError:  # no directory can be written; whoever writes there says so
+        temporary = Path("/tmp")
+    return temporary / f"kt-kernel-{os.getuid()}"
 
 
 def read_state(directory: Path, stage: str) -> State | None:

@@ -18,6 +18,10 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
 
 
+class BadValue(ValueError):
+    """No valid value; the message says why, after what was expected and found."""
+
+
 class ValueType(Protocol):
     """What the settings table needs of a type."""
 
@@ -139,7 +143,11 @@ class Text:
 
 @dataclass(frozen=True)
 class FilePath:
-    """A path of a file or directory, which need not exist. ``~`` is the home directory."""
+    """A path of a file or directory, which need not exist. ``~`` is the home directory.
+
+    Raises:
+        BadValue: from :meth:`parse`, if there is no home directory.
+    """
 
     @property
     def expected(self) -> str:
@@ -148,7 +156,12 @@ class FilePath:
     def parse(self, text: str) -> Path:
         if "\0" in text:
             raise ValueError(text)
-        return Path(text).expanduser() if text.startswith("~") else Path(text)
+        try:
+            return Path(text).expanduser() if text.startswith("~") else Path(text)
+        except RuntimeError:
+            user = Path(text).parts[0].removeprefix("~")
+            why = f"there is no user {user}" if user else "this user has none and HOME is not set"
+            raise BadValue(f"{why}, write the path of the home directory") from None
 
 
 @dataclass(frozen=True)

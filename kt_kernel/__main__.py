@@ -10,6 +10,7 @@ from collections import defaultdict
 from kt_kernel import DISTRIBUTION, _ext
 from kt_kernel.engine import target_name
 from kt_kernel.errors import UserError
+from kt_kernel.program import run_program
 
 
 def _version(distribution: str) -> str:
@@ -54,4 +55,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

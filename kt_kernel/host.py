@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -18,11 +19,20 @@ def cpus_beside_experts(gpus: int) -> int:
     return gpus + 1 if gpus else 0
 
 
+def home_problem() -> str:
+    """Why this user has no home directory, in words; empty if there is one."""
+    try:
+        Path.home()
+    except RuntimeError:
+        return f"HOME is not set and user {os.getuid()} has no entry in /etc/passwd"
+    return ""
+
+
 def read_cpu_quota(root: Path = Path("/")) -> float | None:
     """CPUs' worth of time that the control groups grant this process, None if unlimited."""
     groups = root / "sys/fs/cgroup"
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text("utf-8", "surrogateescape").splitlines()
     except OSError:
         return None
     limits = []

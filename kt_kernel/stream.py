@@ -25,7 +25,9 @@ def cuda_runtime_path(maps: Path = Path("/proc/self/maps")) -> str:
     Raises:
         UserError: none is loaded.
     """
-    found = re.search(r"\s(/\S*/libcudart\.so\S*)$", maps.read_text(), re.MULTILINE)
+    found = re.search(
+        r"\s(/\S*/libcudart\.so\S*)$", maps.read_text("utf-8", "surrogateescape"), re.MULTILINE
+    )
     if found is None:
         raise UserError(
             "no libcudart.so is loaded in this process: expected a PyTorch built for CUDA that "

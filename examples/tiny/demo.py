@@ -31,6 +31,7 @@ from deploy.settings import BY_NAME
 from examples.tiny.hub import Hub
 from examples.tiny.trained import copy_checkpoint
 from kt_kernel.packed import MANIFEST_NAME
+from kt_kernel.program import run_program
 
 REPO_ID = "deepseek-ai/DeepSeek-V3.2-tiny"
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "entrypoint.py"
@@ -255,4 +256,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -28,6 +28,7 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from kt_kernel.errors import UserError
+from kt_kernel.program import run_program
 
 BRANCH = "main"
 CHUNK_BYTES = 64 << 10
@@ -439,4 +440,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -21,6 +21,12 @@ def register() -> None:
     from kt_kernel.sglang_plugin.refusal import refusing_to_serve
 
     with refusing_to_serve("could not register the kt_kernel plugin"):
+        from kt_kernel.errors import UserError
+        from kt_kernel.host import home_problem
+
+        # Before SGLang imports libraries that end without one, after a screen of tracebacks.
+        if problem := home_problem():
+            raise UserError(f"no home directory: {problem}: set HOME to one that can be written")
         from kt_kernel.sglang_plugin import hooks
 
         hooks.install()

@@ -164,9 +164,14 @@ def check(hooks: Iterable[Hook]) -> None:
     """Raise :class:`UserError` naming every hook that is not in place."""
     missing = [hook for hook in hooks if not is_in_place(hook)]
     if missing:
+        causes = [import_failure(hook.target) for hook in missing]
+        if all(causes):
+            raise UserError(
+                f"SGLang {sglang_version()} cannot be imported as a whole, so the kt_kernel "
+                f"plugin's hooks are not in place: {'; '.join(sorted({*map(str, causes)}))}"
+            )
         names = ", ".join(f"{hook.target} ({hook.kind})" for hook in missing)
-        causes = {cause for hook in missing if (cause := import_failure(hook.target))}
-        why = "".join(f"; {cause}" for cause in sorted(causes))
+        why = "".join(f"; {cause}" for cause in sorted({cause for cause in causes if cause}))
         raise UserError(
             f"SGLang {sglang_version()} did not take {len(missing)} of the kt_kernel plugin's "
             f"hooks: {names}{why}; its answers would be wrong, so it does not serve; "

@@ -29,6 +29,16 @@ def refuse_to_serve(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def may_be_the_version(error: BaseException) -> bool:
+    """Whether another version of SGLang may be why: it has another name or another signature.
+
+    A directory that cannot be read, a full disk or a library that is not there is the machine's.
+    """
+    kinds = ImportError | AttributeError | TypeError | NameError | LookupError | AssertionError
+    machine = ("shared object file", "getpwuid", "No space left")
+    return isinstance(error, kinds) and not any(cause in str(error) for cause in machine)
+
+
 @contextmanager
 def refusing_to_serve(what: str) -> Iterator[None]:
     """Turn any exception of the block into :func:`refuse_to_serve`.
@@ -41,6 +51,7 @@ def refusing_to_serve(what: str) -> Iterator[None]:
     except UserError as error:
         refuse_to_serve(str(error))
     except Exception as error:
-        refuse_to_serve(
-            f"{what} in SGLang {sglang_version()}: {type(error).__name__}: {error}; {TESTED_SGLANG}"
-        )
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        if may_be_the_version(error):
+            refuse_to_serve(f"{what} in SGLang {sglang_version()}: {text}; {TESTED_SGLANG}")
+        refuse_to_serve(f"{what}: {text}")

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import pwd
 import struct
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from deploy.machine import Gpu, Machine
 from examples.tiny.hub import Hub, HubOptions
@@ -44,6 +48,16 @@ def clean_environment(**settings: str) -> dict[str, str]:
     }
     ours = {"HF_HUB_DISABLE_TELEMETRY": "1", "KT_RUN_DIR": RUN_DIR.name}
     return {**kept, **ours, **settings}
+
+
+def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this process's user one without a home, as many containers' are."""
+
+    def unknown(uid: int) -> NoReturn:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
 
 
 def command(*words: str | Path) -> list[str]:

@@ -19,7 +19,7 @@ from deploy.machine import Gpu, Machine
 from deploy.marker import Marker, RepoFile
 from deploy.settings import CHECK_NAMES
 from tests.entrypoint.fake_machine import GIB, host, write
-from tests.entrypoint.helpers import H200, L20, LAPTOP, Prepared, run, with_gpu
+from tests.entrypoint.helpers import H200, L20, LAPTOP, Prepared, run, with_gpu, without_home
 
 SERVER = with_gpu(L20)
 
@@ -375,3 +375,12 @@ def test_the_host_alone_needs_no_model() -> None:
     names = [line.split(": ")[1] for line in result.stdout.splitlines() if ": expected" in line]
     assert {"memory", "disk", "instruction-set"} <= set(names)
     assert not {"model", "weights"} & set(names)
+
+
+def test_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert one(checks_machine.check_home, tmp_path).found == "/home/me"
+    without_home(monkeypatch)
+    result = one(checks_machine.check_home, tmp_path)
+    assert result.status is Status.FAIL
+    assert "HOME is not set" in result.found

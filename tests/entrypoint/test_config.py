@@ -12,6 +12,7 @@ from deploy.env_file import read_env_file
 from deploy.errors import UserErrors
 from deploy.setting import STAGES
 from deploy.settings import HANDED_ON
+from tests.entrypoint.helpers import without_home
 
 
 def problems(environ: dict[str, str], *files: Path, stage: str | None = None) -> list[str]:
@@ -214,3 +215,21 @@ def test_export_takes_other_stages_variables_away(monkeypatch: pytest.MonkeyPatc
     export(load(environ, stage="serve"))
     assert "PATH" in os.environ
     assert not {"HTTPS_PROXY", "HF_TOKEN"} & set(os.environ)
+
+
+def test_no_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems({"KT_MODEL_PATH": "~nosuchuser/m"}) == [
+        "KT_MODEL_PATH: expected a path, found '~nosuchuser/m': there is no user nosuchuser, write "
+        "the path of the home directory"
+    ]
+    without_home(monkeypatch)
+    assert problems({"KT_MODEL_PATH": "~/m"}) == [
+        "KT_MODEL_PATH: expected a path, found '~/m': this user has none and HOME is not set, "
+        "write the path of the home directory"
+    ]
+
+
+def test_json_without_end() -> None:
+    (line,) = problems({"KT_MODEL_OVERRIDE_ARGS": '{"a":' * 100_000})
+    assert line.startswith("KT_MODEL_OVERRIDE_ARGS: expected a JSON object, found ")
+    assert len(line) < 300

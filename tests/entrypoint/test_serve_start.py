@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from deploy import serve
 from deploy.argv import Command, serve_command
 from deploy.config import load
-from tests.entrypoint.helpers import LAPTOP
+from tests.entrypoint.helpers import LAPTOP, fails, run
 
 
 def test_the_server_gets_the_variables_that_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,3 +26,13 @@ def test_the_server_gets_the_variables_that_are_printed(monkeypatch: pytest.Monk
     assert command == wanted
     assert wanted.environment["KT_DEVICE"] == "cpu"
     assert environment == {"KT_DEVICE": "cpu", "OTHER": "kept", **wanted.environment}
+
+
+def test_bytes_that_are_no_text_are_refused() -> None:
+    """SGLang ended with a traceback when it handed the path to its scheduler."""
+    settings = {"KT_DEVICE": "cpu", "KT_MODEL_PATH": os.fsdecode(b"/models/\xfc")}
+    printed = run("serve", "--print", PYTHONIOENCODING="ascii", **settings)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert "--model '/models/\\udcfc'" in printed.stdout
+    line = fails("serve", **settings)
+    assert line.startswith("error: KT_MODEL_PATH: expected text in UTF-8")

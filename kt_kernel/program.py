@@ -1,0 +1,67 @@
+"""How the command lines of this project begin and end: standard streams and exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+#: Exit status of a program whose reader went away, as a shell shows SIGPIPE.
+READER_GONE = 141
+
+
+def run_program(main: Callable[[], int]) -> NoReturn:
+    """Run ``main`` and end the process with the status that it returns.
+
+    A path with an umlaut or with bytes that are no text can be printed to any output; a reader
+    that goes away (``| head``) ends the program without a word; an output that cannot be written,
+    or a current directory that is gone or closed to this user, is one error line and status 2.
+    """
+    _prepare_streams()
+    try:
+        os.chdir(Path.cwd())  # as the processes do that SGLang starts
+    except OSError as error:
+        _fail(f"the current directory cannot be used ({error.strerror}): change to another")
+    try:
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        status = READER_GONE
+    except OSError as error:
+        if error.filename is not None:
+            raise  # not the output's
+        with contextlib.suppress(OSError):
+            print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        status = 2
+    else:
+        sys.exit(status)
+    os._exit(status)  # flushing again at the end would fail again
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _prepare_streams() -> None:
+    # A file opened later would get the number of a stream that is closed, and what is printed.
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False))
+    if sys.stderr is None:
+        sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        # Not where a test or a caller has put another kind of stream.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
