@@ -11,6 +11,7 @@ from kt_kernel.sglang_plugin import activity, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
 from kt_kernel.sglang_plugin.refusal import TESTED_SGLANG, refusing_to_serve, sglang_version
+from kt_kernel.sglang_plugin.tool_calls import detector
 
 Kind = Literal["before", "after", "around", "replace", "entry"]
 
@@ -55,6 +56,28 @@ HOOKS: list[Hook] = [
         activity.load_model_through_kt,
         "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently; weights that "
         "do not fit end in a traceback; nothing tests what the CPU experts compute",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.function_call.deepseekv32_detector.DeepSeekV32Detector.has_tool_call",
+        "replace",
+        detector.has_tool_call,
+        "as for detect_and_parse: the two agree on where an answer's text ends",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.function_call.deepseekv32_detector.DeepSeekV32Detector.detect_and_parse",
+        "replace",
+        detector.detect_and_parse,
+        "strips the whitespace of string arguments, and loses a call whose section has no end tag",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.function_call.deepseekv32_detector.DeepSeekV32Detector"
+        ".parse_streaming_increment",
+        "replace",
+        detector.parse_streaming_increment,
+        "strips the whitespace of string arguments; finds other calls than detect_and_parse",
         "always",
     ),
     Hook(

@@ -98,6 +98,9 @@ def test_with_a_gpu_nothing_of_cpu_mode_is_active() -> None:
         "create_moe_runner",
         "check_server_args",
         "load_model",
+        "has_tool_call",
+        "detect_and_parse",
+        "parse_streaming_increment",
     ]
     assert not any("cpu_mode" in hook.function.__module__ for hook in active)
 

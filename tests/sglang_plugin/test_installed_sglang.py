@@ -41,6 +41,28 @@ report["graphs"] = [
     for config in (CudaGraphConfig(), CudaGraphConfig(decode=off, prefill=off))
 ]
 
+# What users get from the detector that KT_TOOL_CALL_PARSER=auto chooses.
+from sglang.srt.entrypoints.openai.protocol import Function, Tool
+from sglang.srt.function_call.function_call_parser import FunctionCallParser
+tools = [Tool(type="function", function=Function(name=name, parameters={})) for name in "fg"]
+def parser(): return FunctionCallParser(tools, "deepseekv32")
+text = sys.argv[1]
+report["has_tool_call"] = [parser().has_tool_call(answer) for answer in (text, "no call")]
+def told(prose, calls):
+    calls = [(call.tool_index, call.name, json.loads(call.parameters)) for call in calls]
+    return [prose, calls]
+report["whole"] = told(*parser().parse_non_stream(text))
+stream = parser()
+pieces = [stream.parse_stream_chunk(character) for character in text]
+report["streamed"] = told(
+    "".join(prose for prose, _ in pieces), [call for _, calls in pieces for call in calls])
+detector = stream.detector
+report["left to send"] = [
+    call["arguments"].removeprefix(sent) for call, sent in
+    zip(detector.prev_tool_call_arr, detector.streamed_args_for_tool, strict=True)]
+held = parser()
+report["held"] = [held.parse_stream_chunk("text\\n\\n")[0], held.parse_stream_end()[0]]
+
 # Another process, another SGLang: one that no longer has a target.
 def broken(*args): ...
 hooks.HOOKS.append(hooks.Hook(
@@ -54,10 +76,20 @@ print("REPORT" + json.dumps(report))
 """
 
 
+MARK = "｜DSML｜"
+ANSWER = (
+    f'Let me see.\n\n<{MARK}function_calls>\n<{MARK}invoke name="f">\n'
+    f'<{MARK}parameter name="old" string="true">    return 1\n</{MARK}parameter>\n'
+    f'<{MARK}parameter name="count" string="false">2</{MARK}parameter>\n</{MARK}invoke>\n'
+    f'<{MARK}invoke name="unknown">\n</{MARK}invoke>\n<{MARK}invoke name="g">\n</{MARK}invoke>'
+)
+"""With a call of a function that was not offered, and without the section's end tag."""
+
+
 @cache
 def outcome() -> tuple[dict[str, Any], str]:
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, ANSWER],
         env={**os.environ, **launch_environment("cpu", {"PYTHONPATH": str(REPOSITORY)})},
         capture_output=True,
         text=True,
@@ -81,6 +113,16 @@ def test_attention_is_absorbed_mla() -> None:
 def test_graph_settings_are_where_they_are_looked_for() -> None:
     report, _ = outcome()
     assert report["graphs"] == [True, False]
+
+
+def test_a_tool_call_is_the_same_whole_and_streamed() -> None:
+    report, _ = outcome()
+    calls = [[0, "f", {"old": "    return 1\n", "count": 2}], [1, "g", {}]]
+    assert report["whole"] == ["Let me see.", calls]
+    assert report["streamed"] == report["whole"]
+    assert report["has_tool_call"] == [True, False]
+    assert report["left to send"] == ["", ""]
+    assert report["held"] == ["text", "\n\n"]
 
 
 def test_a_hook_that_fails_ends_the_process_with_its_name_and_the_version() -> None:
