@@ -10,6 +10,7 @@ from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin import activity, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
+from kt_kernel.sglang_plugin.edge import scheduler, tokenizer
 from kt_kernel.sglang_plugin.refusal import TESTED_SGLANG, refusing_to_serve, sglang_version
 from kt_kernel.sglang_plugin.tool_calls import detector
 
@@ -56,6 +57,42 @@ HOOKS: list[Hook] = [
         activity.load_model_through_kt,
         "a model whose MoE layers bypass KTEPWrapperMethod ignores --kt-* silently; weights that "
         "do not fit end in a traceback; nothing tests what the CPU experts compute",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server.set_global_state",
+        "before",
+        tokenizer.serve_within_limits,
+        "a number in a body that a kernel cannot take ends the server; the context length that is "
+        "told is the checkpoint's, not what the KV cache holds",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments",
+        "around",
+        tokenizer.normalize_checked,
+        "the same for a route whose bodies are not checked; malformed requests end in 500",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.io_struct.EmbeddingReqInput.normalize_batch_and_arguments",
+        "around",
+        tokenizer.normalize_checked,
+        "as for GenerateReqInput",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        "around",
+        tokenizer.tokenized_checked,
+        "verifies neither token ids nor most numbers before they go to the scheduler",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.process_input_requests",
+        "around",
+        scheduler.process_each_request,
+        "the scheduler ends, and the server with it, when a request raises",
         "always",
     ),
     Hook(

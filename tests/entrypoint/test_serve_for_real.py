@@ -1,7 +1,8 @@
-"""``entrypoint.py serve`` starts stock SGLang, and ``smoke`` talks to it."""
+"""``entrypoint.py serve`` starts stock SGLang, ``smoke`` talks to it, and no request ends it."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,11 @@ import pytest
 from benchmarks.server import Server, group_members
 from examples.tiny.demo import what_ran
 from examples.tiny.trained import CHECKPOINT
+from kt_kernel.sglang_plugin.edge.kinds import Limits
 from tests.entrypoint.helpers import command, fails, run
+from tests.sglang_plugin.edge import live
+
+TOTAL_TOKENS = 1500
 
 
 @contextmanager
@@ -46,6 +51,8 @@ def test_serve_and_smoke(tmp_path: Path) -> None:
         "HTTP_PROXY": "http://127.0.0.1:9",
         "all_proxy": "http://127.0.0.1:9",
         "HF_TOKEN": "hf_secret",
+        # A prompt that fills the memory is soon computed.
+        "KT_MAX_TOTAL_TOKENS": str(TOTAL_TOKENS),
     }
     assert run("convert", **settings).returncode == 0
     with Server(settings, tmp_path / "log", command("serve")) as server:
@@ -76,6 +83,18 @@ def test_serve_and_smoke(tmp_path: Path) -> None:
         assert "HTTP 401" in fails("smoke", **without_key)
         metrics = httpx.get(f"http://127.0.0.1:{server.port}/metrics", timeout=30, trust_env=False)
         assert "sglang:" in metrics.text
+
+        key = {"Authorization": "Bearer sk-test"}
+        base = f"http://127.0.0.1:{server.port}"
+        # A connection for each request: SGLang closes the one on which it answered 500.
+        once = httpx.Limits(max_keepalive_connections=0)
+        with httpx.Client(
+            base_url=base, headers=key, timeout=120, limits=once, trust_env=False
+        ) as client:
+            context = live.check_context(client, TOTAL_TOKENS)
+            config = json.loads((CHECKPOINT / "config.json").read_text())
+            limits = Limits(config["vocab_size"], context, config["hidden_size"])
+            live.check_survives(client, limits)
 
         refused = fails("serve", **settings)
         assert f"expected port {server.port} on 127.0.0.1 to be free" in refused

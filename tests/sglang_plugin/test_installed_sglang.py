@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kt_kernel.sglang_plugin import launch_environment
+from kt_kernel.sglang_plugin.edge.fields import FIELDS
 from kt_kernel.sglang_plugin.hooks import HOOKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -63,6 +64,26 @@ report["left to send"] = [
 held = parser()
 report["held"] = [held.parse_stream_chunk("text\\n\\n")[0], held.parse_stream_end()[0]]
 
+# Every field of a route's body that may hold a number.
+import dataclasses, typing
+from fastapi.routing import APIRoute
+from sglang.srt.entrypoints.http_server import app
+from sglang.srt.sampling.sampling_params import SamplingParams
+def has_number(annotation):
+    if annotation in (int, float): return True
+    return any(has_number(part) for part in typing.get_args(annotation))
+def fields(annotation):
+    for part in typing.get_args(annotation): yield from fields(part)
+    if hasattr(annotation, "__annotations__"): yield from typing.get_type_hints(annotation).items()
+numbers = {}
+bodies = {
+    (route.path, parameter.field_info.annotation) for route in app.routes
+    if isinstance(route, APIRoute) for parameter in route.dependant.body_params}
+for path, annotation in bodies | {("SamplingParams", SamplingParams)}:
+    for name, kind in fields(annotation):
+        if has_number(kind): numbers.setdefault(name, []).append(path)
+report["numbers"] = numbers
+
 # Another process, another SGLang: one that no longer has a target.
 def broken(*args): ...
 hooks.HOOKS.append(hooks.Hook(
@@ -75,6 +96,16 @@ except SystemExit as stop:
 print("REPORT" + json.dumps(report))
 """
 
+
+ELSEWHERE = {
+    "size": "of a file, which Starlette counts",
+    "server_args": "SGLang takes three of them, and compares",
+    "shapes": "of weights to load: whoever may send those may do all",
+    "added_tokens_config": "as for shapes, of an adapter",
+    "decode_cuda_graph_bs": "of a disaggregated server, which this is none of",
+    "decode_cuda_graph_memory_gb": "as for decode_cuda_graph_bs",
+}
+"""Numbers that the table of fields leaves to someone else, and why."""
 
 MARK = "｜DSML｜"
 ANSWER = (
@@ -123,6 +154,14 @@ def test_a_tool_call_is_the_same_whole_and_streamed() -> None:
     assert report["has_tool_call"] == [True, False]
     assert report["left to send"] == ["", ""]
     assert report["held"] == ["text", "\n\n"]
+
+
+def test_every_number_of_every_route_has_a_range() -> None:
+    """A field that a new SGLang adds is declared in the table, or here with the reason."""
+    report, _ = outcome()
+    assert {"top_k", "n", "stop_token_ids", "input_ids"} <= set(report["numbers"])
+    missing = {n: where for n, where in report["numbers"].items() if n not in FIELDS | ELSEWHERE}
+    assert missing == {}
 
 
 def test_a_hook_that_fails_ends_the_process_with_its_name_and_the_version() -> None:

@@ -1,0 +1,135 @@
+"""The checks in SGLang's main process: at its HTTP server, and at what goes to the scheduler."""
+
+from collections.abc import Callable
+from typing import Any
+
+from kt_kernel.sglang_plugin.edge.check import problem_of_object, problem_of_sampling
+from kt_kernel.sglang_plugin.edge.fields import MAX_LOGPROBS, SAMPLING
+from kt_kernel.sglang_plugin.edge.http import CheckedRequests
+from kt_kernel.sglang_plugin.edge.kinds import UNLIMITED, Limits, Problem, Said, TokenIds
+
+_limits = UNLIMITED
+
+
+def current_limits() -> Limits:
+    """Those of this process's server."""
+    return _limits
+
+
+def limits_of(manager: Any) -> Limits:
+    """What a ``TokenizerManager`` serves."""
+    vocabulary = int(manager.model_config.vocab_size)
+    # Such a server shortens what is too long.
+    long = getattr(manager, "allow_auto_truncate", False)
+    context = UNLIMITED.context if long else int(manager.context_len)
+    return Limits(vocabulary, context, int(manager.model_config.hidden_size))
+
+
+def serve_within_limits(global_state: Any) -> None:
+    """Before ``set_global_state`` of SGLang's HTTP server, in each process that serves HTTP.
+
+    The context length becomes what the scheduler takes, wherever SGLang tells it or compares with
+    it; the limits become known; and the application checks each body.
+    """
+    global _limits
+    manager = global_state.tokenizer_manager
+    # The main process of several that serve has a router of their answers here.
+    if not hasattr(manager, "model_config"):
+        return
+    tell_served_context(manager, global_state.scheduler_info)
+    _limits = limits_of(manager)
+    check_bodies()
+
+
+def tell_served_context(manager: Any, scheduler_info: Any) -> None:
+    """Have ``manager`` tell and check the context length that its scheduler serves.
+
+    SGLang tells the checkpoint's (``max_model_len``), although the memory of the KV cache may be
+    smaller. The scheduler takes prompts below ``max_req_input_len``: each of them, and as many
+    tokens more as are left to that number, is served in full.
+    """
+    served = int(scheduler_info["max_req_input_len"])
+    manager.context_len = min(int(manager.context_len), served)
+    manager.model_config.context_len = manager.context_len
+    # What /tokenize tells. It cuts no text: SGLang asks for no truncation.
+    if getattr(manager.tokenizer, "model_max_length", 0) > manager.context_len:
+        manager.tokenizer.model_max_length = manager.context_len
+
+
+def check_bodies() -> None:
+    """Put :class:`CheckedRequests` before SGLang's application."""
+    from sglang.srt.entrypoints.http_server import app
+
+    if app.middleware_stack is None:
+        app.add_middleware(CheckedRequests, limits=current_limits)
+    else:  # one of several processes, whose application runs already
+        app.middleware_stack = CheckedRequests(app.middleware_stack, current_limits)
+
+
+def normalize_checked(normalize: Callable[..., None], request: Any) -> None:
+    """Around ``normalize_batch_and_arguments`` of a request, whichever route made it."""
+    problem = problem_of_object(vars(request), _limits)
+    if problem is not None:
+        raise ValueError(str(problem))
+    _or_value_error(normalize, request)
+
+
+def tokenized_checked(
+    create: Callable[..., Any],
+    manager: Any,
+    obj: Any,
+    input_text: Any,
+    input_ids: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Around ``TokenizerManager._create_tokenized_object``: what goes to the scheduler.
+
+    Raises ValueError, which each route answers with 400.
+    """
+    limits = limits_of(manager)
+    if input_ids is not None:
+        # Of a session, the scheduler has the tokens before.
+        least = 0 if getattr(obj, "session_params", None) else 1
+        for problem in TokenIds(least=least).problems("the prompt", list(input_ids), limits):
+            raise ValueError(str(problem))
+    tokenized = _or_value_error(create, manager, obj, input_text, input_ids, *args, **kwargs)
+    sampling = tokenized.sampling_params
+    fields = {name: getattr(sampling, name, None) for name in SAMPLING}
+    wrong = problem_of_sampling(fields, limits)
+    if wrong is None and sampling.stop_token_ids:
+        wrong = next(
+            TokenIds().problems("stop_token_ids", [*sampling.stop_token_ids], limits), None
+        )
+    wrong = wrong or _too_many_logprobs(tokenized, limits)
+    if wrong is not None:
+        raise ValueError(str(wrong))
+    return tokenized
+
+
+def _too_many_logprobs(tokenized: Any, limits: Limits) -> Problem | None:
+    if not getattr(tokenized, "return_logprob", False):
+        return None
+    prompt, start = len(tokenized.input_ids or ()), tokenized.logprob_start_len
+    answer = tokenized.sampling_params.max_new_tokens
+    tokens = limits.context - prompt if answer is None else answer
+    if start >= 0:
+        tokens += max(prompt - start, 0)
+    each = (tokenized.top_logprobs_num or 0) + len(tokenized.token_ids_logprob or ())
+    if each * tokens <= MAX_LOGPROBS:
+        return None
+    found = Said(f"{each} for each of {tokens} tokens")
+    return Problem("logprobs", found, f"at most {MAX_LOGPROBS} in all: ask for fewer tokens")
+
+
+def _or_value_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``function`` returns; an exception that a request's shape caused is a ValueError."""
+    try:
+        return function(*args, **kwargs)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the request cannot be served: {type(error).__name__}: {error}; compare it with "
+            "the fields of SGLang's API"
+        ) from error
