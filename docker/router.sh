@@ -26,6 +26,7 @@ unset HTTP_PROXY HTTPS_PROXY ALL_PROXY http_proxy https_proxy all_proxy
 [ -z "${KT_API_KEY:-}" ] || set -- --api-key "$KT_API_KEY" "$@"
 # A server that has not answered by the end of the start-up time would never be asked again, and
 # one that downloads and converts first takes hours.
+# A request goes to one server. The router would send what ended one to the next, up to five times.
 # shellcheck disable=SC2086  # a list of addresses
 exec python -m sglang_router.launch_router --host 0.0.0.0 --worker-urls $WORKER_URLS \
-  --worker-startup-timeout-secs 31536000 "$@"
+  --worker-startup-timeout-secs 31536000 --disable-retries "$@"

@@ -46,6 +46,10 @@ def test_servers_and_flags(folder: Path) -> None:
     assert "http://a:1" in arguments(folder, WORKER_URLS="http://a:1 https://b:2")
 
 
+def test_a_request_that_ended_a_server_is_not_sent_to_the_next(folder: Path) -> None:
+    assert "--disable-retries" in arguments(folder, WORKER_URLS="http://a:1")
+
+
 def test_a_key_is_sent_and_costs_no_flag(folder: Path) -> None:
     (folder / "key").write_text("k1\n")
     for variables in ({"KT_API_KEY": "k1"}, {"KT_API_KEY_FILE": str(folder / "key")}):

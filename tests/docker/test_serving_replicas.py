@@ -18,6 +18,8 @@ from tests.docker.test_serving import question
 
 STREAMS = 8
 NUMBERS = (1, 2)
+SETTLED_SECONDS = 10
+"""After a server's death the router leaves it out: at three failures, or three looks at it."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def test_one_is_killed_under_load(replicas: Project, measured: list[str]) -> Non
     time.sleep(12)
     # On a busy machine an answer takes its time.
     deadline = killed + 120
-    while sum(each.began > killed for each in list(requests)) < STREAMS:
+    while sum(each.began > killed + SETTLED_SECONDS for each in list(requests)) < STREAMS:
         assert time.monotonic() < deadline, "the other replica does not go on"
         time.sleep(0.5)
     stop.set()
@@ -137,8 +139,11 @@ def test_one_is_killed_under_load(replicas: Project, measured: list[str]) -> Non
         f"{late.total()} failed"
     )
     assert len(after) >= STREAMS
-    assert failed.total() <= STREAMS, "more than what was in flight"
-    assert not late
+    # No request is sent twice: what was in flight is lost, and what is sent to the dead server
+    # until it is left out, by all clients at once at worst.
+    assert failed.total() <= 2 * STREAMS
+    settled = [each for each in after if each.began > killed + SETTLED_SECONDS]
+    assert {each.outcome for each in settled} == {"answered"}
 
     # The engine starts it again, and the router uses it again.
     replicas.wait_until_restarted("serve", 2)
