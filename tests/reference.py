@@ -18,6 +18,8 @@ ROUNDING, ONE_STEP = 2e-5, 8e-3
 
 
 OUTLIER_STEPS, OUTLIER_RATIO, LEAST_OUTLIER_K = 16, 4, 256
+#: Rows below TINY have scales near the subnormal floats, of which SUBNORMAL is the smallest.
+TINY, SUBNORMAL, LIFT = 2.0**-118, 2.0**-149, np.float32(2.0**64)
 
 
 def through_int8(x: np.ndarray) -> np.ndarray:
@@ -26,7 +28,8 @@ def through_int8(x: np.ndarray) -> np.ndarray:
     One scale for each row, q = round-half-even(x * (127 / max|x|)), all in float32. Where at most
     16 steps of 4 k hold a value above a quarter of the largest, the values of the 16 largest steps
     that are above all other steps come in two terms: int8 with a scale of their own, and what that
-    leaves, with the row's scale.
+    leaves, with the row's scale. In a tiny row, q = round-half-even(x / scale) with the scale
+    rounded up to what float32 holds.
     """
     f32 = np.float32
     result = np.empty(x.shape)
@@ -45,8 +48,13 @@ def through_int8(x: np.ndarray) -> np.ndarray:
         rest = np.abs(row).max()
         if apart.any():
             rest = max(rest, top / f32(65536))
-        inverse = f32(127) / rest if rest > 0 else f32(0)
-        out[:] = np.rint(row * inverse).astype(np.float64) * (rest / f32(127)) + apart
+        scale = rest / f32(127)
+        if 0 < rest < TINY:
+            scale += f32(SUBNORMAL) if scale * f32(127) < rest else f32(0)
+            row, inverse = row * LIFT, f32(1) / (scale * LIFT)
+        else:
+            inverse = f32(127) / rest if rest > 0 else f32(0)
+        out[:] = np.rint(row * inverse).astype(np.float64) * scale + apart
     return result
 
 

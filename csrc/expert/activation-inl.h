@@ -5,9 +5,9 @@ namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
 // e^x: 2^n * p(r) with x = n ln2 + r, |r| <= ln2 / 2; Taylor to the sixth power, relative error
-// below 2e-7. The argument is clamped to where 2^n is a normal float.
+// below 2e-7. The argument is clamped to where 2^n is a normal float or, from 88.4 on, infinity.
 inline Floats exp_floats(Floats x) {
-  x = max(min(x, set1(87.0f)), set1(-87.0f));
+  x = max(min(x, set1(89.0f)), set1(-87.0f));
   const Ints n = round_to_ints(mul(x, set1(1.44269504f)));
   const Floats nf = ints_to_floats(n);
   // ln2 in two parts: the first has few bits, so nf * first is exact.

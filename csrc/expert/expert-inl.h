@@ -4,10 +4,10 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
-// Adds what the row's outliers give: y[p] += (outliers . w_p) * scale[p] * weight.
+// Adds what the row's outliers give: y[p] += (outliers . w_p) * scale[p].
 template <int BlockK>
 inline void add_outliers(const Panels<2>& panels, const Rows& x, int64_t row,
-                         const Floats (&scale)[2], float weight, Floats (&y)[2]) {
+                         const Floats (&scale)[2], Floats (&y)[2]) {
   const auto& outliers = *reinterpret_cast<const Outliers*>(x.data + row * x.stride + panels.k);
   Acc acc[2] = {zero_acc(), zero_acc()};
   for (int s = 0; s < x.scales[row].outlier_steps; ++s) {
@@ -16,7 +16,7 @@ inline void add_outliers(const Panels<2>& panels, const Rows& x, int64_t row,
       dot(acc[p],
           weights_at<BlockK>(panels.codes[p], panels.index[p], panels.tables, outliers.step[s]), a);
   }
-  const Floats factor = set1(outliers.scale * weight);
+  const Floats factor = set1(outliers.scale);
   for (int p = 0; p < 2; ++p)
     y[p] = add(y[p], mul(mul(acc_to_floats(acc[p], outliers.sum), scale[p]), factor));
 }
@@ -43,7 +43,7 @@ struct GateUpEpilogue {
     const Floats x_scale = set1(row.scale);
     Floats y[2];
     for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], x_sum), scale[p]), x_scale);
-    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.x, i, scale, 1.0f, y);
+    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.x, i, scale, y);
     store_floats(h + i * task.h_stride, silu_mul(y[0], y[1]));
   }
 };
@@ -64,12 +64,16 @@ struct DownEpilogue {
   void operator()(int64_t i, const Acc (&sums)[2]) const {
     const RowScale& row = task.h.scales[i];
     const int32_t h_sum = Offset ? row.sum : 0;
-    const Floats weight = set1(task.weights[i] * row.scale);
+    const Floats h_scale = set1(row.scale);
     Floats y[2];
-    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), weight);
-    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.h, i, scale, task.weights[i], y);
+    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), h_scale);
+    if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.h, i, scale, y);
+    // The routing weight comes last: its product with a row's scale may be no float where the
+    // expert's output is one.
+    const Floats weight = set1(task.weights[i]);
     float* to = out + task.tokens[i] * task.out_stride;
-    for (int p = 0; p < 2; ++p) store_floats(to + 16 * p, add(load_floats(to + 16 * p), y[p]));
+    for (int p = 0; p < 2; ++p)
+      store_floats(to + 16 * p, add(load_floats(to + 16 * p), mul(y[p], weight)));
   }
 };
 

@@ -11,7 +11,8 @@ inline Floats load_row(const uint16_t* p) { return load_bf16(p); }
 // largest. Ordinary rows have many more: over a thousand of the 1792 of a Gaussian row.
 constexpr float kOutlierRatio = 4.0f;
 
-// Shorter rows have too few steps for any to stand out; smaller ones have no inverse.
+// Shorter rows have too few steps for any to stand out; of smaller ones, what is left would be tiny
+// (kTinyTop).
 constexpr int64_t kLeastOutlierK = 4 * 4 * kMaxOutlierSteps;
 constexpr float kLeastOutlier = 1e-30f;
 
@@ -111,6 +112,44 @@ int take_outliers(const T* x, int64_t k, float limit, float top, Outliers* outli
   return steps;
 }
 
+// A row whose largest value is below this is tiny: 127 / top would overflow, or top / 127 be
+// subnormal and lose bits. Multiplied by kLift, its values are far from both.
+constexpr float kTinyTop = 0x1p-118f;
+constexpr float kLift = 0x1p64f;
+static_assert(kLeastOutlier * kLeastRest > kTinyTop);
+
+// How a row is quantised: x ~ scale * q, q = round(x * inverse), in a tiny row
+// round(x * kLift * inverse).
+struct Step {
+  float scale;
+  float inverse;
+  bool tiny;
+};
+
+inline Step step_of(float top) {
+  if (!(top > 0.0f)) return {0.0f, 0.0f, false};
+  float scale = top / 127.0f;
+  if (top >= kTinyTop) return {scale, 127.0f / top, false};
+  // The step is the scale as it is stored, with the few bits it has. Rounded up: never more than
+  // 127 steps, and not zero.
+  if (scale * 127.0f < top) scale += 0x1p-149f;
+  return {scale, 1.0f / (scale * kLift), true};
+}
+
+// q of a whole row; their sum.
+template <bool Tiny, class T>
+Ints quantize_values(const T* x, int64_t k, float inverse, uint8_t* q) {
+  Ints sum = zero_ints();
+  for (int64_t i = 0; i < k; i += 16) {
+    Floats v = load_row(x + i);
+    if constexpr (Tiny) v = mul(v, set1(kLift));
+    const Ints n = round_to_ints(mul(v, set1(inverse)));
+    sum = add_ints(sum, n);
+    store_int8(q + i, n);
+  }
+  return sum;
+}
+
 // q = round(x * 127 / max|x|), x ~ scale * q; in a row with outliers, x less their term. A row with
 // an infinity or NaN gets a NaN scale, so that the damage shows in the output instead of turning
 // into plausible numbers.
@@ -136,16 +175,12 @@ void quantize_row(const T* x, int64_t k, uint8_t* q, RowScale* scale) {
   int steps = 0;
   if (limit < top) steps = take_outliers(x, k, limit, top, outliers, &values, &left, &rest);
 
-  const Floats inverse = set1(rest > 0.0f ? 127.0f / rest : 0.0f);
-  Ints sum = zero_ints();
-  for (int64_t i = 0; i < k; i += 16) {
-    const Ints n = round_to_ints(mul(load_row(x + i), inverse));
-    sum = add_ints(sum, n);
-    store_int8(q + i, n);
-  }
-  scale->sum = reduce_add(sum);
+  const Step step = step_of(rest);
+  scale->sum = reduce_add(step.tiny ? quantize_values<true>(x, k, step.inverse, q)
+                                    : quantize_values<false>(x, k, step.inverse, q));
   if (steps > 0) {
-    // What is left of the outlier steps, in place of their values.
+    // What is left of the outlier steps, in place of their values. Such a row is never tiny.
+    const Floats inverse = set1(step.inverse);
     uint8_t bytes[4 * kMaxOutlierSteps];
     Ints wrong = zero_ints(), right = zero_ints();
     for (int i = 0; i < 4 * kMaxOutlierSteps; i += 16) {
@@ -157,7 +192,7 @@ void quantize_row(const T* x, int64_t k, uint8_t* q, RowScale* scale) {
     for (int s = 0; s < steps; ++s) std::memcpy(q + 4 * outliers->step[s], bytes + 4 * s, 4);
     scale->sum += reduce_add(right) - reduce_add(wrong);
   }
-  scale->scale = rest / 127.0f + total_poison;
+  scale->scale = step.scale + total_poison;
   scale->outlier_steps = steps;
 }
 

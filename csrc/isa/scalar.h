@@ -126,7 +126,7 @@ inline Floats ints_to_floats(const Ints& n) {
   for (int i = 0; i < 16; ++i) f.v[i] = static_cast<float>(n.v[i]);
   return f;
 }
-// 2^n for n in [-126, 127].
+// 2^n for n in [-126, 127]; infinity for 128.
 inline Floats exp2_int(const Ints& n) {
   Floats f;
   for (int i = 0; i < 16; ++i) {

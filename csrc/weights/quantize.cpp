@@ -40,6 +40,11 @@ constexpr Candidates kCandidates4x8 = {
 constexpr int kUnit = 256;  // of a normalised weight
 constexpr int kTop = 127 * kUnit;
 
+// 127 times a scale is a finite float: the largest bf16 of which that holds. The largest float is
+// 127.01 of it.
+constexpr float kLargestScale = 0x1.02p121f;
+static_assert(kLargestScale * 127.0f < 0x1.fffffep127f);
+
 // Mean squared distance to the table's nearest level within a bin, from a few points of it.
 double bin_error(const int8_t (&levels)[kTableLevels], double low, double width) {
   constexpr int kPoints = 4;
@@ -128,7 +133,8 @@ void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
       const double fit = task.qq[r] > 0 ? static_cast<double>(task.wq[r]) /
                                               (kUnit * static_cast<double>(task.qq[r]))
                                         : 1.0;
-      out.scales[first + r] = float_to_bf16(static_cast<float>(top[r] / 127.0 * fit));
+      out.scales[first + r] =
+          float_to_bf16(std::min(static_cast<float>(top[r] / 127.0 * fit), kLargestScale));
     }
   }
 }
@@ -141,7 +147,7 @@ void quantize_int8(const SourceMatrix& source, const ProjectionLayout& layout,
   for (int64_t n = 0; n < layout.n; ++n) {
     const float top = read_source_row(source, kernels, n, row.data());
     // Rounded up, so that the largest weight stays within 127 of the scale that is stored.
-    out.scales[n] = float_to_bf16_up(top / 127.0f);
+    out.scales[n] = std::min(float_to_bf16_up(top / 127.0f), float_to_bf16(kLargestScale));
     const float scale = bf16_to_float(out.scales[n]);
     const float factor = scale > 0.0f ? row_factor(1.0 / scale, row.data(), k) : 0.0f;
     kernels.round_row(row.data(), k, factor, panel.data() + n % kPanelRows * k);

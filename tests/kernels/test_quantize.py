@@ -206,7 +206,7 @@ def test_fp8_scales_of_the_wrong_shape_are_refused() -> None:
     st.sampled_from(METHODS),
     st.integers(1, 3),
     st.integers(1, 3),
-    st.sampled_from(["zero", "equal", "outlier", "subnormal", "one row zero", "huge"]),
+    st.sampled_from(["zero", "equal", "outlier", "subnormal", "one row zero", "largest"]),
     st.integers(0, 2**31),
 )
 def test_any_values_come_back(method: str, n64: int, k64: int, kind: str, seed: int) -> None:
@@ -224,8 +224,8 @@ def test_any_values_come_back(method: str, n64: int, k64: int, kind: str, seed: 
         w *= np.float32(1e-39)
     elif kind == "one row zero":
         w[3] = 0
-    elif kind == "huge":
-        w *= np.float32(1e37)
+    elif kind == "largest":
+        w = w / np.abs(w).max(axis=1, keepdims=True) * np.finfo(np.float32).max
     found = reference.dequantize(_ext.quantize_projection(w, "fp32", None, method), n, k, method)
     assert np.all(np.isfinite(found))
     # Below the smallest normal number a scale of its own has few bits left.
