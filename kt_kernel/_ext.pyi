@@ -1,9 +1,12 @@
 """Python signatures of the extension (csrc/bindings)."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 def targets() -> list[tuple[str, bool]]:
     """(name, whether this CPU runs it), best first."""
@@ -97,12 +100,26 @@ class Engine:
         """
 
     def take_buffer(self, bytes: int) -> NDArray[np.uint8]:
-        """[bytes] of page-aligned memory, its contents those of an earlier use.
+        """[bytes] of memory, its contents those of an earlier use.
 
-        It is used again when the array and all that shares its memory are gone.
+        It is used again when the array, all that shares its memory and the jobs that write to it
+        are gone.
         """
 
+    def take_like(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
+        """Such memory with the dtype and shape of ``array``."""
+
+class ExpertMask:
+    """Which experts the GPU has; stays until the last layer that reads it is gone."""
+
+    def __init__(self, num_experts: int) -> None: ...
+    @property
+    def array(self) -> NDArray[np.bool_]:
+        """[num_experts], the memory itself; may be changed between calls."""
+
 class Layer:
+    """One layer's experts. Bad arguments of any method raise ValueError, or TypeError."""
+
     def __init__(
         self,
         engine: Engine,
@@ -111,6 +128,7 @@ class Layer:
         hidden_size: int,
         intermediate_size: int,
         method: str,
+        on_gpu: ExpertMask | None = None,
     ) -> None: ...
     def load_file(
         self,
@@ -119,17 +137,34 @@ class Layer:
         tables: NDArray[np.int8] | None,
         source: list[int],
     ) -> None: ...
-    def load_matrices(self, addresses: list[int], dtype: str, source: list[int]) -> None: ...
+    def load_matrices(
+        self,
+        weights: Sequence[NDArray[np.uint16] | NDArray[np.float32]],
+        dtype: str,
+        source: list[int],
+    ) -> None:
+        """Quantise gate and up, [E, I, H], and down, [E, H, I]; slot s gets expert source[s].
+
+        Args:
+            dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        """
+
     def submit(
         self,
-        x: int,
-        dtype: str,
-        tokens: int,
-        ids: int,
-        weights: int,
-        on_gpu: int,
-        out: int,
-    ) -> Job: ...
+        x: NDArray[np.uint16] | NDArray[np.float32],
+        ids: NDArray[np.int32] | NDArray[np.int64],
+        weights: NDArray[np.float32],
+        out: NDArray[Any],
+    ) -> Job:
+        """Queue a call; the inputs have been read when this returns.
+
+        Args:
+            x: [T, H], fp32 or the bits of bf16.
+            ids: [T, k]; -1 is padding.
+            weights: [T, k].
+            out: as many bytes as x, from ``take_like`` or ``take_buffer``; becomes [T, H] in x's
+                dtype. The job holds it, too.
+        """
     @property
     def weight_bytes(self) -> int: ...
 
@@ -169,10 +204,14 @@ class StreamLayer:
         dtype: str,
         tokens: int,
         ids: int,
+        int64_ids: bool,
         weights: int,
-        on_gpu: int,
     ) -> None:
-        """As ``Layer.submit``; x, ids and weights are addresses on the device."""
+        """As ``Layer.submit``; x, ids and weights are addresses on the device.
+
+        Args:
+            dtype: of x and of the output, ``"bf16"`` or ``"fp32"``.
+        """
 
     def sync(self, stream: int, out: int) -> None:
         """``out`` is an address on the device; NaN where the call failed."""

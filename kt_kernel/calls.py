@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -11,7 +11,7 @@ from kt_kernel.errors import UserError
 
 
 class Queued(NamedTuple):
-    """A job and the tensor that it writes to."""
+    """A job and the tensor that it writes to, which it holds, too, until it has ended."""
 
     job: _ext.Job
     output: torch.Tensor
@@ -53,8 +53,6 @@ class Deferred(NamedTuple):
         in_order = self.layer_idx < layer_idx
         if isinstance(call, kind) and in_order and left.shape == shape:
             return call
-        if isinstance(call, Queued):
-            call.job.wait()  # it writes to memory that goes now
         if isinstance(call, kind) and in_order:
             raise UserError(
                 f"layer {layer_idx} is called with {shape[0]} tokens after layer {self.layer_idx} "
@@ -100,23 +98,14 @@ class CapturedCall(NamedTuple):
         return output if self.before is None else output.add_(self.before.output())
 
 
-def check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[Any, ...]
-) -> None:
-    """Raise :class:`UserError` unless ``tensor`` has this shape and one of these dtypes."""
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        raise UserError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "
-            f"{' or '.join(str(d) for d in dtypes)} {list(shape)}"
-        )
-
-
 def contiguous(
     hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors themselves where they are as the extension wants them, else copies."""
-    ids = topk_ids.to(torch.int32).contiguous()
-    return hidden_states.contiguous(), ids, topk_weights.contiguous()
+    """The tensors themselves where they are as the extension wants them, else copies.
+
+    Ids keep their dtype: narrowed here, int64 ones outside int32 would become others.
+    """
+    return hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
 
 
 def split_lightest(

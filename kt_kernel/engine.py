@@ -16,10 +16,14 @@ import torch
 from torch import distributed
 
 from kt_kernel import _ext
+from kt_kernel.arguments import whole
 from kt_kernel.errors import UserError
 from kt_kernel.host import cpus_beside_experts, huge_page_mode, read_cpu_quota
 
 logger = logging.getLogger(__name__)
+
+#: NUMA nodes that Linux knows, which is what the extension takes.
+MAX_POOLS = 1024
 
 #: Environment variable that names a file for the engine's totals, renewed while calls end.
 #: ``benchmarks.rehearsal`` sets it and reads the file; no setting for users.
@@ -55,16 +59,17 @@ def shared_engine(threads: int, pools: int) -> _ext.Engine:
     cut into ``pools`` slices, also where there are fewer threads than that.
 
     Raises:
-        UserError: a count below 1, or a bad ``KT_TARGET``.
+        UserError: a count below 1 or that no machine has, or a bad ``KT_TARGET``.
     """
-    return _engine(threads, pools, target_name())
+    return _engine(
+        whole("cpuinfer_threads", threads, 1),
+        whole("threadpool_count", whole("threadpool_count", pools, 1), 1, MAX_POOLS),
+        target_name(),
+    )
 
 
 @functools.cache
 def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
-    for name, value in (("cpuinfer_threads", threads), ("threadpool_count", pools)):
-        if value < 1:
-            raise UserError(f"{name} is {value}: expected at least 1")
     cpus = _ext.allowed_cpus()
     quota = read_cpu_quota()
     granted = len(cpus) if quota is None else max(1, min(len(cpus), math.floor(quota)))

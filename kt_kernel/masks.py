@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from kt_kernel.arguments import whole
 from kt_kernel.errors import UserError
 
 
@@ -20,7 +21,8 @@ def generate_gpu_experts_masks(activation_freq: torch.Tensor, num_gpu_experts: i
         lower layer, then the lower expert.
 
     Raises:
-        UserError: ``activation_freq`` is not a matrix.
+        UserError: ``activation_freq`` is not a matrix, or has a NaN; ``num_gpu_experts`` is no
+            integer.
     """
     if activation_freq.dim() != 2:
         raise UserError(
@@ -28,7 +30,10 @@ def generate_gpu_experts_masks(activation_freq: torch.Tensor, num_gpu_experts: i
             "[num_layers, num_experts]"
         )
     flat = activation_freq.detach().to("cpu").reshape(-1)
-    count = max(0, min(num_gpu_experts, flat.numel()))
+    if flat.isnan().any():
+        raise UserError("activation_freq has a NaN: expected numbers, larger for more frequent")
+    asked = whole("num_gpu_experts", num_gpu_experts)
+    count = max(0, min(asked, flat.numel()))
     mask = torch.zeros(flat.numel(), dtype=torch.bool, device="cpu")
     mask[torch.sort(flat, descending=True, stable=True).indices[:count]] = True
     return mask.reshape(activation_freq.shape)

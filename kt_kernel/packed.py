@@ -33,6 +33,8 @@ PANEL_ROWS = 16  # output rows that share one panel: the lanes of a 512-bit int3
 BLOCK_ROWS = 4  # rows of a table block: a 16-byte lane holds 4 rows x 4 k
 #: k extent of a table block: 4 rows x this many k share one table.
 BLOCK_K = {"int4": 16, "int4-4x8": 8}
+MAX_EXPERTS = 65536
+MAX_DIM = 131072  # of hidden and intermediate size: sums of int8 products fit int32
 DIM_MULTIPLE = 64  # hidden and intermediate size: one AMX tile of k, and whole table blocks
 NUM_TABLES = 256
 TABLE_LEVELS = 16
@@ -80,14 +82,17 @@ class PackedLayout:
             raise UserError(
                 f"unknown quantisation method {self.method!r}: expected one of {', '.join(METHODS)}"
             )
-        if self.num_experts < 1:
-            raise UserError(f"number of experts is {self.num_experts}: expected at least 1")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise UserError(
+                f"number of experts is {self.num_experts}: expected at least 1 and at most "
+                f"{MAX_EXPERTS}"
+            )
         for name in ("hidden_size", "intermediate_size"):
             value = getattr(self, name)
-            if value < DIM_MULTIPLE or value % DIM_MULTIPLE:
+            if value < DIM_MULTIPLE or value > MAX_DIM or value % DIM_MULTIPLE:
                 raise UserError(
                     f"{name} is {value}: expected a positive multiple of {DIM_MULTIPLE}, the "
-                    f"block size of the packed format; this model cannot be packed"
+                    f"block size of the packed format, up to {MAX_DIM}; this model cannot be packed"
                 )
 
     @property
@@ -224,6 +229,8 @@ def read_header(path: str | Path) -> Header:
         tensors = {}
         for name, entry in raw.items():
             begin, end = entry["data_offsets"]
+            if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
+                raise ValueError
             tensors[name] = TensorEntry(
                 entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end
             )

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 CALL_LIMIT = 300.0
 _CHECK_INTERVAL = 1.0
 
+#: What ``stream_context`` has made: nothing or one.
+_contexts: list[_ext.StreamContext] = []
+
 
 def cuda_runtime_path(maps: Path = Path("/proc/self/maps")) -> str:
     """Path of the CUDA runtime that this process has loaded, which is torch's.
@@ -44,8 +47,20 @@ def stream_context() -> _ext.StreamContext:
         UserError: as :func:`cuda_runtime_path`.
     """
     context = _ext.StreamContext(cuda_runtime_path())
+    _contexts.append(context)
     threading.Thread(target=watch, args=(context,), name="kt-watch", daemon=True).start()
     return context
+
+
+def check_earlier_calls() -> None:
+    """Raise what went wrong in a call on a stream, of any layer: a graph cannot raise it.
+
+    Raises:
+        RuntimeError: names the layer.
+    """
+    for context in _contexts:
+        if failure := context.failure:
+            raise RuntimeError(f"an earlier call failed: {failure}")
 
 
 def watch(
@@ -55,4 +70,8 @@ def watch(
     while not context.failure:
         context.end_overdue(limit)
         time.sleep(interval)
-    logger.critical("kt_kernel: %s: outputs are NaN from here on", context.failure)
+    logger.critical(
+        "kt_kernel: %s: an output is wrong from there on, and the next call from Python fails; "
+        "start the server again",
+        context.failure,
+    )

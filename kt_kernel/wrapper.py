@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from kt_kernel import _ext, packed
+from kt_kernel.arguments import check_tensor, whole
 from kt_kernel.calls import (
     C,
     CapturedCall,
@@ -25,7 +26,6 @@ from kt_kernel.calls import (
     OnStream,
     Pending,
     Queued,
-    check_tensor,
     contiguous,
     copy_from_cuda,
     current_stream,
@@ -34,18 +34,17 @@ from kt_kernel.calls import (
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
 from kt_kernel.loading import load_progress
-from kt_kernel.stream import stream_context
+from kt_kernel.stream import check_earlier_calls, stream_context
 
 logger = logging.getLogger(__name__)
 
 _ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 _SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+_MAX_LAYER = 2**31 - 1  # an int of the extension's
+
 #: The target that defines what the others compute, bit by bit.
 PLAIN_TARGET = "scalar"
-
-# The allocator takes larger tensors fresh from the system every time and pays for each page.
-_REUSED_OUTPUT_BYTES = 1 << 17
 
 
 class KTMoEWrapper:
@@ -116,27 +115,30 @@ class KTMoEWrapper:
                 f"swiglu_limit {swiglu_limit} and swiglu_alpha {swiglu_alpha}: expected 0, a "
                 "clamped or scaled SwiGLU is not supported"
             )
-        self.layer_idx = layer_idx
+        self.layer_idx = whole("layer_idx", layer_idx, 0, _MAX_LAYER)
         self.method = method
         self.weight_path = weight_path
-        self.hidden_size = hidden_size
-        self.top_k = num_experts_per_tok
         self._layout = packed.PackedLayout(
-            num_experts, hidden_size, moe_intermediate_size, packed.KT_METHODS[method]
+            whole("num_experts", num_experts),
+            whole("hidden_size", hidden_size),
+            whole("moe_intermediate_size", moe_intermediate_size),
+            packed.KT_METHODS[method],
         )
-        #: bool [E] on the CPU; true for experts that the GPU runs.
+        num_experts, self.hidden_size = self._layout.num_experts, self._layout.hidden_size
+        self.top_k = whole("num_experts_per_tok", num_experts_per_tok, 1, num_experts)
+        self._mask = _ext.ExpertMask(num_experts)
         self.gpu_experts_mask = _gpu_mask(num_experts, num_gpu_experts, gpu_experts_mask)
         # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang never
         # does, so there the GPU's experts need no memory here.
         self._mask_may_change = gpu_experts_mask is not None
-        self._num_deferred = min(max_deferred_experts_per_token or 0, num_experts_per_tok)
-        if self._num_deferred < 0:
-            raise UserError(
-                "max_deferred_experts_per_token (--kt-max-deferred-experts-per-token) is "
-                f"{max_deferred_experts_per_token}: expected at least 0"
-            )
-        self._pools = threadpool_count
+        deferred = whole(
+            "max_deferred_experts_per_token (--kt-max-deferred-experts-per-token)",
+            max_deferred_experts_per_token or 0,
+            0,
+        )
+        self._num_deferred = min(deferred, self.top_k)
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
+        self._pools = threadpool_count
         self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
         self._pending: Pending | CudaCall | CapturedCall | None = None
@@ -152,7 +154,25 @@ class KTMoEWrapper:
             layout.hidden_size,
             layout.intermediate_size,
             layout.method,
+            self._mask,
         )
+
+    @property
+    def gpu_experts_mask(self) -> torch.Tensor:
+        """bool [E] on the CPU, true for experts that the GPU runs; may be changed between calls.
+
+        The memory is the extension's, and goes with the last layer or graph that reads it.
+
+        Raises:
+            UserError: another shape or dtype is assigned.
+        """
+        return torch.from_numpy(self._mask.array)
+
+    @gpu_experts_mask.setter
+    def gpu_experts_mask(self, mask: torch.Tensor) -> None:
+        held = self.gpu_experts_mask
+        check_tensor("gpu_experts_mask", mask, tuple(held.shape), (torch.bool,))
+        held.copy_(mask)
 
     # ---- what the self-test asks -----------------------------------------------------------------
 
@@ -282,23 +302,24 @@ class KTMoEWrapper:
         for name, tensor in zip(packed.PROJECTIONS, tensors, strict=True):
             shape = (self._layout.num_experts, *self._layout.projection_shape(name))
             check_tensor(f"{name}_proj", tensor, shape, (dtype,))
-        held = [tensor.detach().to("cpu").contiguous() for tensor in tensors]
-        addresses = [tensor.data_ptr() for tensor in held]
+        bits = dtype if dtype == torch.float32 else torch.uint16
+        arrays = [t.detach().to("cpu").contiguous().view(bits).numpy() for t in tensors]
         sources = self._sources(physical_to_logical_map_cpu)
         try:
-            self._layer.load_matrices(addresses, _SOURCE_DTYPES[dtype], sources)
+            self._layer.load_matrices(arrays, _SOURCE_DTYPES[dtype], sources)
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
 
     def _sources(self, physical_to_logical: torch.Tensor) -> list[int]:
         """Expert of the file for each slot, -1 for a slot that never runs on the CPU."""
         count = self._layout.num_experts
-        sources = physical_to_logical.tolist()
-        if len(sources) != count or not all(0 <= s < count for s in sources):
+        integers = (torch.int64, torch.int32)
+        check_tensor("physical_to_logical_map", physical_to_logical, (count,), integers)
+        sources: list[int] = physical_to_logical.tolist()
+        if not all(0 <= s < count for s in sources):
             raise UserError(
-                f"physical_to_logical_map has {len(sources)} entries in "
-                f"[{min(sources, default=0)}, {max(sources, default=0)}]: expected {count} in "
-                f"[0, {count - 1}]"
+                f"physical_to_logical_map has entries in [{min(sources)}, {max(sources)}]: "
+                f"expected [0, {count - 1}]"
             )
         if self._mask_may_change:
             return sources
@@ -326,12 +347,14 @@ class KTMoEWrapper:
 
         Raises:
             UserError: a wrong shape or dtype, an id out of range, or a call that is still pending.
+            RuntimeError: a call on a CUDA stream has failed before, of whatever layer.
         """
         if self._pending is not None:
             raise UserError(
                 f"layer {self.layer_idx}: submit_forward without sync_forward before it"
             )
-        tokens = hidden_states.shape[0]
+        check_earlier_calls()
+        tokens = hidden_states.shape[0] if hidden_states.dim() else 0
         check_tensor(
             "hidden_states",
             hidden_states,
@@ -341,11 +364,14 @@ class KTMoEWrapper:
         routing = (tokens, self.top_k)
         check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
         check_tensor("topk_weights", topk_weights, routing, (torch.float32,))
+        if not hidden_states.device == topk_ids.device == topk_weights.device:
+            raise UserError(
+                f"hidden_states is on {hidden_states.device}, topk_ids on {topk_ids.device} and "
+                f"topk_weights on {topk_weights.device}: expected one device"
+            )
         if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
             self._pending = self._capture(hidden_states, topk_ids, topk_weights)
         elif hidden_states.is_cuda:
-            if self._on_stream is not None and stream_context().failure:
-                raise RuntimeError(f"an earlier call failed: {stream_context().failure}")
             self._pending = copy_from_cuda(hidden_states, topk_ids, topk_weights)
         else:
             self._pending = self._submit(hidden_states, topk_ids, topk_weights)
@@ -390,26 +416,26 @@ class KTMoEWrapper:
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> Pending:
         x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
+        if x.requires_grad or weights.requires_grad:
+            x, weights = x.detach(), weights.detach()
         before = self._take_deferred(x, Queued)
         if not self._num_deferred:
             return Pending(self._queue(x, ids, weights), before)
         ids, later = split_lightest(ids, weights, self._num_deferred)
         now = self._queue(x, ids, weights)
-        try:
-            deferred = self._queue(x, later, weights)
-        except UserError:
-            now.job.wait()  # it writes to memory that would go
-            raise
-        KTMoEWrapper._deferred = Deferred(self.layer_idx, deferred)
+        KTMoEWrapper._deferred = Deferred(self.layer_idx, self._queue(x, later, weights))
         return Pending(now, before)
 
     def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Queued:
-        output = self._output_like(x)
+        wide = x.dtype == torch.float32
+        rows = x.numpy() if wide else x.view(torch.uint16).numpy()
+        memory = self._engine.take_like(rows)
         try:
-            job = self._layer.submit(*self._inputs(x, ids, weights), output.data_ptr())
+            job = self._layer.submit(rows, ids.numpy(), weights.numpy(), memory)
         except ValueError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
-        return Queued(job, output)
+        output = torch.from_numpy(memory)
+        return Queued(job, output if wide else output.view(torch.bfloat16))
 
     def _take_deferred(self, x: torch.Tensor, kind: type[C]) -> C | None:
         """What the MoE layer before has left for this one's output, in a pass of this kind."""
@@ -439,21 +465,16 @@ class KTMoEWrapper:
 
     def _inputs(
         self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[int, str, int, int, int, int]:
-        """A call's inputs as the extension takes them."""
+    ) -> tuple[int, str, int, int, bool, int]:
+        """A captured call's inputs as the extension takes them."""
         return (
             x.data_ptr(),
             _ACTIVATION_DTYPES[x.dtype],
             x.shape[0],
             ids.data_ptr(),
+            ids.dtype == torch.int64,
             weights.data_ptr(),
-            self.gpu_experts_mask.data_ptr(),
         )
-
-    def _output_like(self, x: torch.Tensor) -> torch.Tensor:
-        if x.nbytes < _REUSED_OUTPUT_BYTES:
-            return torch.empty_like(x)
-        return torch.from_numpy(self._engine.take_buffer(x.nbytes)).view(x.dtype).view(x.shape)
 
     # ---- statics that SGLang and the fork call ---------------------------------------------------
 
@@ -479,12 +500,8 @@ def _gpu_mask(
     if mask is not None:
         if num_gpu_experts:
             raise UserError("both num_gpu_experts and gpu_experts_mask are given: expected one")
-        check_tensor("gpu_experts_mask", mask, (num_experts,), (torch.bool,))
-        return mask.detach().to("cpu", copy=True).contiguous()
-    count = num_gpu_experts or 0
-    if not 0 <= count <= num_experts:
-        raise UserError(
-            f"num_gpu_experts (--kt-num-gpu-experts) is {count}: expected 0 to {num_experts}"
-        )
+        return mask
+    count = 0 if num_gpu_experts is None else num_gpu_experts
+    count = whole("num_gpu_experts (--kt-num-gpu-experts)", count, 0, num_experts)
     # SGLang makes its layers under torch.device("cuda").
     return torch.arange(num_experts, device="cpu") < count

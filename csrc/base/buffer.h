@@ -31,6 +31,7 @@ class Buffer {
   // writes them first, which is what places them on that thread's NUMA node.
   void reserve(size_t bytes) {
     if (bytes <= bytes_) return;
+    if (bytes > SIZE_MAX / 4) fail_runtime("out of memory: ", bytes, " bytes were asked for");
     Buffer fresh;
     // A small buffer gains nothing from a huge page, and zeroing one costs more than its use.
     const size_t page = bytes < 2 * kHugePage ? kSmallPage : kHugePage;

@@ -15,57 +15,88 @@ namespace py = pybind11;
 namespace kt {
 namespace {
 
+// Memory that Python and the extension hold together: an array of that dtype and shape, whose base
+// says so.
+constexpr char kLent[] = "kt_kernel memory";
+
+py::array take_array(Engine& engine, const py::dtype& dtype, const std::vector<int64_t>& shape,
+                     size_t bytes) {
+  auto holder = std::make_unique<std::shared_ptr<uint8_t>>(engine.outputs->take(bytes));
+  uint8_t* const data = holder->get();
+  const py::capsule owner(holder.get(), kLent, [](PyObject* capsule) {
+    delete static_cast<std::shared_ptr<uint8_t>*>(PyCapsule_GetPointer(capsule, kLent));
+  });
+  static_cast<void>(holder.release());
+  return {dtype, shape, data, owner};
+}
+
+// The memory of such an array of so many bytes; throws std::invalid_argument for any other.
+std::shared_ptr<uint8_t> lent(const py::array& array, size_t bytes) {
+  const py::object base = array.base();
+  if (!base || !PyCapsule_IsValid(base.ptr(), kLent))
+    fail_argument("out is not an array of take_buffer or take_like");
+  if (static_cast<size_t>(array.nbytes()) != bytes)
+    fail_argument("out has ", array.nbytes(), " bytes, expected ", bytes);
+  return *static_cast<std::shared_ptr<uint8_t>*>(PyCapsule_GetPointer(base.ptr(), kLent));
+}
+
 std::shared_ptr<Layer> make_layer(std::shared_ptr<Engine> engine, int64_t num_experts,
                                   int64_t top_k, int64_t hidden_size, int64_t intermediate_size,
-                                  const std::string& method) {
+                                  const std::string& method, std::shared_ptr<ExpertMask> on_gpu) {
   const LayerConfig config{num_experts, top_k, hidden_size, intermediate_size,
                            parse_method(method)};
-  return std::make_shared<Layer>(config, std::move(engine));
+  return std::make_shared<Layer>(config, std::move(engine), std::move(on_gpu));
 }
 
 void load_file(Layer& layer, const std::string& path, const std::array<FileOffsets, 3>& offsets,
-               const std::optional<py::array_t<int8_t, py::array::c_style>>& tables,
-               const std::vector<int64_t>& source) {
-  if (is_int4(layer.config().method) && (!tables || tables->size() != kNumTables * kTableLevels))
-    fail_argument("int4 weights need tables of ", kNumTables, " x ", kTableLevels);
-  const int8_t* table_data = tables ? tables->data() : nullptr;
+               const std::optional<py::array>& tables, const std::vector<int64_t>& source) {
+  if (is_int4(layer.config().method) && !tables) fail_argument("int4 weights need tables");
+  const int8_t* const table_data =
+      tables ? checked_data<int8_t>(*tables, {kNumTables, kTableLevels}, "tables") : nullptr;
   const py::gil_scoped_release release;
   layer.load_file(path, offsets, table_data, source);
 }
 
-void load_matrices(Layer& layer, const std::array<uintptr_t, 3>& addresses,
-                   const std::string& dtype, const std::vector<int64_t>& source) {
+void load_matrices(Layer& layer, const std::array<py::array, 3>& weights, const std::string& dtype,
+                   const std::vector<int64_t>& source) {
+  const SourceDtype of = parse_source_dtype(dtype);
+  if (of == SourceDtype::kFp8E4m3)
+    fail_argument("dtype is fp8_e4m3, whose scales are missing: expected bf16, fp16 or fp32");
   std::array<SourceMatrix, 3> stacked;
   for (Projection projection : kProjections) {
     const ProjectionLayout layout = layer.layout(projection);
     const auto i = static_cast<size_t>(projection);
-    stacked[i] = {pointer<const void>(addresses[i]), parse_source_dtype(dtype), nullptr, layout.n,
-                  layout.k};
+    const char* const name = std::array{"gate", "up", "down"}[i];
+    const void* const data =
+        checked_weights(weights[i], {layer.config().num_experts, layout.n, layout.k}, of, name);
+    stacked[i] = {data, of, nullptr, layout.n, layout.k};
   }
   const py::gil_scoped_release release;
   layer.load_matrices(stacked, source);
 }
 
-// An array that gives its memory back to the engine when nothing refers to it any more.
-py::array take_buffer(const std::shared_ptr<Engine>& engine, size_t bytes) {
-  struct Loan {
-    std::shared_ptr<Engine> engine;
-    Buffer buffer;
-    ~Loan() { engine->give_buffer(std::move(buffer)); }
-  };
-  std::unique_ptr<Loan> loan(new Loan{engine, engine->take_buffer(bytes)});
-  uint8_t* const data = loan->buffer.data();
-  const py::capsule owner(loan.release(), [](void* p) { delete static_cast<Loan*>(p); });
-  return py::array_t<uint8_t>(static_cast<py::ssize_t>(bytes), data, owner);
-}
-
-std::shared_ptr<Job> submit(Layer& layer, uintptr_t x, const std::string& dtype, int64_t tokens,
-                            uintptr_t ids, uintptr_t weights, uintptr_t on_gpu, uintptr_t out) {
-  const ActivationDtype activation = parse_activation_dtype(dtype);
+std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& ids,
+                            const py::array& weights, const py::array& out) {
+  if (x.ndim() != 2) fail_argument("x has ", x.ndim(), " dimensions, expected 2");
+  const int64_t tokens = x.shape(0);
+  const std::vector<int64_t> routing = {tokens, layer.config().top_k};
+  const std::vector<int64_t> rows = {tokens, layer.config().hidden_size};
+  CallInputs inputs;
+  inputs.tokens = tokens;
+  if (py::isinstance<py::array_t<uint16_t>>(x)) {
+    inputs.dtype = ActivationDtype::kBf16;
+    inputs.x = checked_data<uint16_t>(x, rows, "x");
+  } else {
+    inputs.x = checked_data<float>(x, rows, "x");
+  }
+  inputs.ids.is_int64 = py::isinstance<py::array_t<int64_t>>(ids);
+  inputs.ids.data = inputs.ids.is_int64
+                        ? static_cast<const void*>(checked_data<int64_t>(ids, routing, "ids"))
+                        : checked_data<int32_t>(ids, routing, "ids");
+  inputs.weights = checked_data<float>(weights, routing, "weights");
+  std::shared_ptr<uint8_t> held = lent(out, layer.output_bytes(inputs.dtype, tokens));
   const py::gil_scoped_release release;
-  return layer.submit(pointer<const void>(x), activation, tokens, pointer<const int32_t>(ids),
-                      pointer<const float>(weights), pointer<const uint8_t>(on_gpu),
-                      pointer<void>(out));
+  return layer.submit(inputs, std::move(held));
 }
 
 }  // namespace
@@ -81,7 +112,20 @@ void bind_layer(py::module_& module) {
              return std::make_shared<Engine>(std::move(cpus), slices, find_target(target));
            }),
            py::arg("cpus"), py::arg("slices"), py::arg("target"))
-      .def("take_buffer", &take_buffer, py::arg("bytes"))
+      .def(
+          "take_buffer",
+          [](Engine& engine, size_t bytes) {
+            return take_array(engine, py::dtype::of<uint8_t>(), {static_cast<int64_t>(bytes)},
+                              bytes);
+          },
+          py::arg("bytes"))
+      .def(
+          "take_like",
+          [](Engine& engine, const py::array& array) {
+            return take_array(engine, array.dtype(), shape_of(array),
+                              static_cast<size_t>(array.nbytes()));
+          },
+          py::arg("array"))
       .def_property_readonly("target", [](const Engine& e) { return std::string(e.kernels.name); })
       .def_property_readonly("cpus", [](const Engine& e) { return e.pool.cpus(); })
       .def_property_readonly("totals", [](const Engine& e) {
@@ -95,15 +139,26 @@ void bind_layer(py::module_& module) {
         return found;
       });
 
+  py::class_<ExpertMask, std::shared_ptr<ExpertMask>>(module, "ExpertMask")
+      .def(py::init([](int64_t num_experts) {
+             if (num_experts < 1 || num_experts > kMaxExperts)
+               fail_argument("num_experts is ", num_experts, ": expected 1 to ", kMaxExperts);
+             return std::make_shared<ExpertMask>(static_cast<size_t>(num_experts));
+           }),
+           py::arg("num_experts"))
+      .def_property_readonly("array", [](const std::shared_ptr<ExpertMask>& mask) {
+        return py::array_t<bool>(static_cast<py::ssize_t>(mask->on_gpu.size()),
+                                 reinterpret_cast<bool*>(mask->on_gpu.data()), py::cast(mask));
+      });
+
   py::class_<Layer, std::shared_ptr<Layer>>(module, "Layer")
-      .def(py::init(&make_layer), py::arg("engine"), py::arg("num_experts"), py::arg("top_k"),
-           py::arg("hidden_size"), py::arg("intermediate_size"), py::arg("method"))
+      .def(py::init(&make_layer), py::arg("engine").none(false), py::arg("num_experts"),
+           py::arg("top_k"), py::arg("hidden_size"), py::arg("intermediate_size"),
+           py::arg("method"), py::arg("on_gpu") = nullptr)
       .def("load_file", &load_file, py::arg("path"), py::arg("offsets"), py::arg("tables"),
            py::arg("source"))
-      .def("load_matrices", &load_matrices, py::arg("addresses"), py::arg("dtype"),
-           py::arg("source"))
-      .def("submit", &submit, py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
-           py::arg("weights"), py::arg("on_gpu"), py::arg("out"))
+      .def("load_matrices", &load_matrices, py::arg("weights"), py::arg("dtype"), py::arg("source"))
+      .def("submit", &submit, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"))
       .def_property_readonly("weight_bytes", &Layer::weight_bytes);
 }
 

@@ -1,5 +1,9 @@
+#include <dlfcn.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
+
+#include "bindings/arguments.h"
 #include "bindings/bindings.h"
 #include "isa/features.h"
 #include "numa/topology.h"
@@ -22,7 +26,15 @@ void bind_machine(py::module_& module) {
   module.def("assume_target_supported", &assume_target_supported, py::arg("name"));
   module.def(
       "replace_target",
-      [](uintptr_t address) { replace_target(*reinterpret_cast<const Kernels*>(address)); },
+      [](uintptr_t address) {
+        // Anything else would be called: it has to be a target's table in a loaded library.
+        Dl_info found;
+        const void* const at = checked_address(address, "a target's table");
+        if (dladdr(at, &found) == 0 || found.dli_saddr != at || found.dli_sname == nullptr ||
+            !std::string_view(found.dli_sname).ends_with("7kernelsE"))
+          fail_argument("there is no target's table at ", address);
+        replace_target(*static_cast<const Kernels*>(at));
+      },
       py::arg("address"));
   module.def("cpu_features", [] { return list_features(); });
   module.def("cpu_brand", [] { return cpu_features().brand; });

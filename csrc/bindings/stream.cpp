@@ -16,30 +16,35 @@ void bind_stream(py::module_& module) {
       .def(
           "end_overdue",
           [](StreamContext& context, double seconds) {
+            constexpr double kYear = 365.0 * 24 * 60 * 60;
+            if (!(seconds >= 0 && seconds <= kYear))
+              fail_argument("a limit of ", seconds, " s: expected 0 to ", kYear);
             context.end_overdue(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000)));
           },
           py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<StreamLayer>(module, "StreamLayer")
       .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int, bool>(),
-           py::arg("context"), py::arg("layer"), py::arg("layer_idx"), py::arg("deferred") = false)
+           py::arg("context").none(false), py::arg("layer").none(false), py::arg("layer_idx"),
+           py::arg("deferred") = false)
       .def(
           "submit",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t x, const std::string& dtype,
-             int64_t tokens, uintptr_t ids, uintptr_t weights, uintptr_t on_gpu) {
-            const ActivationDtype activation = parse_activation_dtype(dtype);
+             int64_t tokens, uintptr_t ids, bool int64_ids, uintptr_t weights) {
+            const CallInputs inputs{checked_address(x, "x"), parse_activation_dtype(dtype), tokens,
+                                    ExpertIds{checked_address(ids, "ids"), int64_ids},
+                                    static_cast<const float*>(checked_address(weights, "weights"))};
             const py::gil_scoped_release release;
-            layer.submit(pointer<void>(stream), pointer<const void>(x), activation, tokens,
-                         pointer<const int32_t>(ids), pointer<const float>(weights),
-                         pointer<const uint8_t>(on_gpu));
+            layer.submit(reinterpret_cast<CudaStream>(stream), inputs);
           },
           py::arg("stream"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
-          py::arg("weights"), py::arg("on_gpu"))
+          py::arg("int64_ids"), py::arg("weights"))
       .def(
           "sync",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t out) {
+            auto* const to = const_cast<void*>(checked_address(out, "out"));
             const py::gil_scoped_release release;
-            layer.sync(pointer<void>(stream), pointer<void>(out));
+            layer.sync(reinterpret_cast<CudaStream>(stream), to);
           },
           py::arg("stream"), py::arg("out"));
 }

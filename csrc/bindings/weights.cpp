@@ -18,21 +18,12 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-void check_shape(const py::array& array, const std::vector<int64_t>& expected, const char* name) {
-  const std::vector<int64_t> found(array.shape(), array.shape() + array.ndim());
-  if (found == expected) return;
-  const auto text = [](const std::vector<int64_t>& shape) {
-    std::string s = "[";
-    for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + "]";
-  };
-  fail_argument(name, " has shape ", text(found), ", expected ", text(expected));
-}
-
 void check_dims(int64_t n, int64_t k) {
-  if (n < kDimMultiple || n % kDimMultiple != 0 || k < kDimMultiple || k % kDimMultiple != 0)
-    fail_argument("a projection of ", n, " x ", k,
-                  " cannot be packed: expected positive multiples of ", kDimMultiple);
+  for (int64_t dim : {n, k})
+    if (dim < kDimMultiple || dim > kMaxDim || dim % kDimMultiple != 0)
+      fail_argument("a projection of ", n, " x ", k,
+                    " cannot be packed: expected positive multiples of ", kDimMultiple, " up to ",
+                    kMaxDim);
 }
 
 std::vector<int64_t> codes_shape(int64_t n, int64_t k, const std::string& method) {
@@ -42,26 +33,20 @@ std::vector<int64_t> codes_shape(int64_t n, int64_t k, const std::string& method
 }
 
 py::dict quantize(const py::array& weight, const std::string& dtype,
-                  const std::optional<Array<float>>& scale_inv, const std::string& method,
+                  const std::optional<py::array>& scale_inv, const std::string& method,
                   const std::string& target) {
-  if (weight.ndim() != 2 || !(weight.flags() & py::array::c_style))
-    fail_argument("weight has ", weight.ndim(),
-                  " dimensions or gaps: expected a contiguous matrix");
+  if (weight.ndim() != 2) fail_argument("weight has ", weight.ndim(), " dimensions, expected 2");
   SourceMatrix source;
   source.dtype = parse_source_dtype(dtype);
-  const int64_t element = source_bytes(source.dtype);
-  if (weight.itemsize() != element)
-    fail_argument("weight has ", weight.itemsize(), "-byte elements, ", dtype, " has ", element);
-  source.data = weight.data();
   source.n = weight.shape(0);
   source.k = weight.shape(1);
   check_dims(source.n, source.k);
+  source.data = checked_weights(weight, {source.n, source.k}, source.dtype, "weight");
   if ((source.dtype == SourceDtype::kFp8E4m3) != scale_inv.has_value())
     fail_argument("scale_inv belongs to fp8_e4m3 and to no other dtype; dtype is ", dtype);
-  if (scale_inv) {
-    check_shape(*scale_inv, {(source.n + 127) / 128, (source.k + 127) / 128}, "scale_inv");
-    source.block_scales = scale_inv->data();
-  }
+  if (scale_inv)
+    source.block_scales = checked_data<float>(
+        *scale_inv, {(source.n + 127) / 128, (source.k + 127) / 128}, "scale_inv");
   const Method how = parse_method(method);
   const ProjectionLayout layout{source.n, source.k, how};
   Array<uint8_t> codes({layout.panels(), layout.codes_per_panel() / 64, int64_t{64}});
@@ -80,24 +65,24 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   return packed;
 }
 
-Array<float> dequantize(const Array<uint8_t>& codes, const Array<uint16_t>& scales,
-                        const std::optional<Array<uint8_t>>& index,
-                        const std::optional<Array<int8_t>>& tables, int64_t n, int64_t k,
+Array<float> dequantize(const py::array& codes, const py::array& scales,
+                        const std::optional<py::array>& index,
+                        const std::optional<py::array>& tables, int64_t n, int64_t k,
                         const std::string& method) {
-  check_shape(codes, codes_shape(n, k, method), "codes");
-  check_shape(scales, {n}, "scales");
+  check_dims(n, k);
   const ProjectionLayout layout{n, k, parse_method(method)};
+  const auto* codes_data = checked_data<uint8_t>(codes, codes_shape(n, k, method), "codes");
+  const auto* scales_data = checked_data<uint16_t>(scales, {n}, "scales");
+  const uint8_t* index_data = nullptr;
+  const int8_t* tables_data = nullptr;
   if (is_int4(layout.method)) {
     if (!index || !tables) fail_argument("int4 needs table_index and tables");
-    check_shape(*index, {layout.panels(), layout.index_per_panel() / 4, 4}, "table_index");
-    check_shape(*tables, {kNumTables, kTableLevels}, "tables");
+    index_data = checked_data<uint8_t>(*index, {layout.panels(), layout.index_per_panel() / 4, 4},
+                                       "table_index");
+    tables_data = checked_data<int8_t>(*tables, {kNumTables, kTableLevels}, "tables");
   }
   Array<float> weights({n, k});
   float* out = weights.mutable_data();
-  const uint8_t* index_data = index ? index->data() : nullptr;
-  const int8_t* tables_data = tables ? tables->data() : nullptr;
-  const uint8_t* codes_data = codes.data();
-  const uint16_t* scales_data = scales.data();
   {
     const py::gil_scoped_release release;
     dequantize_projection(layout, codes_data, index_data, scales_data, tables_data, out);
@@ -117,7 +102,9 @@ void bind_weights(py::module_& module) {
   module.def(
       "int4_tables",
       [](const std::string& method) {
-        return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables(parse_method(method))[0][0]);
+        const Method of = parse_method(method);
+        if (!is_int4(of)) fail_argument("method ", method, " has no tables");
+        return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables(of)[0][0]);
       },
       py::arg("method"));
 }

@@ -23,19 +23,23 @@ std::pair<int64_t, int64_t> GuidedCounter::take(int64_t total, int workers) {
 }
 
 Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen)
-    : kernels(chosen), scratch(static_cast<size_t>(std::max(slices, 0))), pool(std::move(cpus)) {
+    : kernels(chosen),
+      scratch(static_cast<size_t>(std::clamp(slices, 0, kMaxSlices))),
+      pool(std::move(cpus)) {
+  if (slices > kMaxSlices)
+    fail_argument("an engine of ", slices, " slices: expected at most ", kMaxSlices);
   if (slices < pool.groups())
     fail_argument("an engine of ", pool.groups(), " groups of workers needs as many slices, not ",
                   slices);
 }
 
-void Engine::submit(const std::shared_ptr<LayerJob>& job) {
+void Engine::submit(const std::shared_ptr<LayerJob>& job, bool kept) {
   const std::lock_guard lock(submit_mutex_);
   // Workers read many inputs from the caller's memory if they can do so at once; few are copied
   // sooner than workers are woken and waited for.
-  if (!pool.idle() || job->input_bytes() <= kCopiedInputs) job->copy_inputs();
+  if (!kept && (!pool.idle() || job->input_bytes() <= kCopiedInputs)) job->copy_inputs();
   if (!job->fits_scratch()) {
-    pool.drain();
+    if (!pool.drain(job.get())) return;
     job->grow_scratch();
   }
   job->note_submission();
@@ -67,40 +71,14 @@ std::unique_ptr<CallMemory> Engine::take_memory() {
   }
   auto memory = std::make_unique<CallMemory>();
   memory->progress = std::vector<CallMemory::SliceProgress>(scratch.size());
+  const std::lock_guard lock(memory_mutex_);
+  free_memory_.reserve(++memories_);  // so that giving back cannot fail
   return memory;
 }
 
 void Engine::give_memory(std::unique_ptr<CallMemory> memory) noexcept {
   const std::lock_guard lock(memory_mutex_);
   free_memory_.push_back(std::move(memory));
-}
-
-// The smallest that suffices, or the largest to be replaced: no more buffers than are ever in use
-// at once, and none that is too small for long.
-Buffer Engine::take_buffer(size_t bytes) {
-  Buffer buffer;
-  {
-    const std::lock_guard lock(memory_mutex_);
-    auto best = free_buffers_.end();
-    for (auto it = free_buffers_.begin(); it != free_buffers_.end(); ++it) {
-      const bool better =
-          best == free_buffers_.end() ||
-          (best->bytes() < bytes ? it->bytes() > best->bytes()
-                                 : it->bytes() >= bytes && it->bytes() < best->bytes());
-      if (better) best = it;
-    }
-    if (best != free_buffers_.end()) {
-      buffer = std::move(*best);
-      free_buffers_.erase(best);
-    }
-  }
-  buffer.reserve(bytes);
-  return buffer;
-}
-
-void Engine::give_buffer(Buffer buffer) noexcept {
-  const std::lock_guard lock(memory_mutex_);
-  free_buffers_.push_back(std::move(buffer));
 }
 
 }  // namespace kt

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/buffer.h"
+#include "base/buffer_store.h"
 #include "moe/routing.h"
 #include "numa/pool.h"
 #include "targets/kernels.h"
@@ -65,29 +66,29 @@ class Engine {
   // workers of group s % groups.
   Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen);
 
-  // Queues a layer call once the scratch memory suffices for it.
-  void submit(const std::shared_ptr<LayerJob>& job);
+  // Queues a layer call once the scratch memory suffices for it, unless it is abandoned before.
+  // `kept`: its inputs stay until it has ended, and are never copied.
+  void submit(const std::shared_ptr<LayerJob>& job, bool kept);
 
   std::unique_ptr<CallMemory> take_memory();
   void give_memory(std::unique_ptr<CallMemory> memory) noexcept;
-
-  // Memory for outputs. Fresh memory would cost a page fault for every 4 KiB of every call.
-  Buffer take_buffer(size_t bytes);
-  void give_buffer(Buffer buffer) noexcept;
 
   CallTotals totals() const;
   void add_to_totals(const CallTotals& call) noexcept;
 
   int slices() const { return static_cast<int>(scratch.size()); }
 
+  static constexpr int kMaxSlices = 1024;  // NUMA nodes that Linux knows
+
   const Kernels& kernels;
   std::vector<Scratch> scratch;  // of each slice
+  const std::shared_ptr<BufferStore> outputs = std::make_shared<BufferStore>();
 
  private:
   std::mutex submit_mutex_;
   std::mutex memory_mutex_;  // never held while waiting for a job: jobs give memory back
   std::vector<std::unique_ptr<CallMemory>> free_memory_;
-  std::vector<Buffer> free_buffers_;
+  size_t memories_ = 0;  // made so far
   mutable std::mutex totals_mutex_;
   CallTotals totals_;
 

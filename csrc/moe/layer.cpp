@@ -79,17 +79,29 @@ void check_source(const std::vector<int64_t>& source, int64_t num_experts) {
       fail_argument("expert map names expert ", expert, ", outside [0, ", num_experts, ")");
 }
 
+LayerConfig checked(const LayerConfig& config) {
+  if (config.num_experts < 1 || config.num_experts > kMaxExperts)
+    fail_argument("num_experts is ", config.num_experts, ": expected 1 to ", kMaxExperts);
+  if (config.top_k < 1 || config.top_k > config.num_experts)
+    fail_argument("top_k is ", config.top_k, ": expected 1 to ", config.num_experts);
+  for (const auto& [name, value] : {std::pair{"hidden_size", config.hidden_size},
+                                    std::pair{"intermediate_size", config.intermediate_size}})
+    if (value < kDimMultiple || value > kMaxDim || value % kDimMultiple != 0)
+      fail_argument(name, " is ", value, ": expected a positive multiple of ", kDimMultiple,
+                    " up to ", kMaxDim);
+  return config;
+}
+
 }  // namespace
 
-Layer::Layer(LayerConfig config, std::shared_ptr<Engine> engine)
-    : config_(config), engine_(std::move(engine)) {
-  if (config_.num_experts < 1) fail_argument("num_experts is ", config_.num_experts);
-  if (config_.top_k < 1 || config_.top_k > config_.num_experts)
-    fail_argument("top_k is ", config_.top_k, ": expected 1 to ", config_.num_experts);
-  for (const auto& [name, value] : {std::pair{"hidden_size", config_.hidden_size},
-                                    std::pair{"intermediate_size", config_.intermediate_size}})
-    if (value < kDimMultiple || value % kDimMultiple != 0)
-      fail_argument(name, " is ", value, ": expected a positive multiple of ", kDimMultiple);
+Layer::Layer(LayerConfig config, std::shared_ptr<Engine> engine,
+             std::shared_ptr<const ExpertMask> on_gpu)
+    : config_(checked(config)), engine_(std::move(engine)), on_gpu_(std::move(on_gpu)) {
+  if (!engine_) fail_argument("a layer needs an engine");
+  if (!on_gpu_) on_gpu_ = std::make_shared<ExpertMask>(static_cast<size_t>(config_.num_experts));
+  if (static_cast<int64_t>(on_gpu_->on_gpu.size()) != config_.num_experts)
+    fail_argument("the mask of the GPU's experts has ", on_gpu_->on_gpu.size(),
+                  " entries, expected ", config_.num_experts);
   const int64_t units = config_.intermediate_size / kDimMultiple;
   const int64_t slices = std::min<int64_t>(engine_->slices(), units);
   for (int64_t s = 0; s < slices; ++s)
@@ -118,6 +130,9 @@ void Layer::finish(const std::vector<int64_t>& source) {
 
 void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>& offsets,
                       const int8_t* tables, const std::vector<int64_t>& source) {
+  for (const FileOffsets& of_projection : offsets)
+    for (int64_t offset : of_projection)
+      if (offset < 0 || offset > INT64_MAX / 4) fail_argument(path, ": offset ", offset);
   prepare(tables, source);
   const File file(path);
   // Slices that have yet to read a projection of an expert; the last lets go of the page cache.
@@ -180,20 +195,28 @@ void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
   finish(source);
 }
 
-std::shared_ptr<LayerJob> Layer::submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
-                                             const int32_t* ids, const float* weights,
-                                             const uint8_t* on_gpu, void* out) {
-  if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
-  auto job =
-      std::make_shared<LayerJob>(*this, *engine_, x, dtype, tokens, ids, weights, on_gpu, out);
-  engine_->submit(job);
-  return job;
+size_t Layer::row_bytes(ActivationDtype dtype) const {
+  return static_cast<size_t>(config_.hidden_size) *
+         (dtype == ActivationDtype::kBf16 ? sizeof(uint16_t) : sizeof(float));
 }
 
-std::shared_ptr<Job> Layer::submit(const void* x, ActivationDtype dtype, int64_t tokens,
-                                   const int32_t* ids, const float* weights, const uint8_t* on_gpu,
-                                   void* out) {
-  auto job = submit_kept(x, dtype, tokens, ids, weights, on_gpu, out);
+size_t Layer::output_bytes(ActivationDtype dtype, int64_t tokens) const {
+  const int64_t most = INT32_MAX / config_.top_k;
+  if (tokens < 0 || tokens > most)
+    fail_argument("a call of ", tokens, " tokens: expected 0 to ", most);
+  return static_cast<size_t>(tokens) * row_bytes(dtype);
+}
+
+std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs,
+                                          std::shared_ptr<void> out) const {
+  if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
+  return std::make_shared<LayerJob>(*this, *engine_, inputs, std::move(out));
+}
+
+std::shared_ptr<Job> Layer::submit(const CallInputs& inputs, std::shared_ptr<void> out) {
+  auto job = make_job(inputs, std::move(out));
+  if (const auto& bad = job->bad_id()) fail_argument(describe(*bad, config_.num_experts));
+  engine_->submit(job, false);
   job->wait_for_inputs();
   return job;
 }

@@ -15,6 +15,21 @@ namespace kt {
 
 enum class ActivationDtype : uint8_t { kFp32, kBf16 };
 
+// Which experts the GPU has, [num_experts]. Whoever holds it may change it between calls.
+struct ExpertMask {
+  explicit ExpertMask(size_t num_experts) : on_gpu(num_experts) {}
+  std::vector<uint8_t> on_gpu;
+};
+
+// What a call reads: x [tokens, hidden] of `dtype`, ids and weights [tokens, top_k].
+struct CallInputs {
+  const void* x = nullptr;
+  ActivationDtype dtype = ActivationDtype::kFp32;
+  int64_t tokens = 0;
+  ExpertIds ids;
+  const float* weights = nullptr;
+};
+
 // Byte offsets in a packed file of the three stacked tensors of one projection, by Part.
 using FileOffsets = std::array<int64_t, 3>;
 
@@ -23,13 +38,15 @@ class LayerJob;
 class Layer {
  public:
   // The intermediate size is cut into as many slices as the engine has, in multiples of
-  // kDimMultiple; into fewer where it is too small for that.
-  Layer(LayerConfig config, std::shared_ptr<Engine> engine);
+  // kDimMultiple; into fewer where it is too small for that. Without a mask the GPU has no experts.
+  Layer(LayerConfig config, std::shared_ptr<Engine> engine,
+        std::shared_ptr<const ExpertMask> on_gpu = nullptr);
   ~Layer();  // waits for its calls
 
   const LayerConfig& config() const { return config_; }
   const std::vector<Slice>& slices() const { return slices_; }
   const uint8_t* tables() const { return tables_.data(); }
+  const uint8_t* on_gpu() const { return on_gpu_->on_gpu.data(); }
   ProjectionLayout layout(Projection projection) const {
     return projection_layout(config_, projection, config_.intermediate_size);
   }
@@ -49,17 +66,23 @@ class Layer {
   // Bytes of the weights in memory.
   int64_t weight_bytes() const { return weight_bytes_; }
 
-  // Queues out = sum over top-k of weight * expert(x) for `tokens` rows. Has read x, ids and
-  // weights when it returns, many rows of x with the workers' help; `out` [tokens, hidden] must
-  // stay until the job has been waited for. x and out are of `dtype`. Throws std::invalid_argument
-  // for a bad expert id.
-  std::shared_ptr<Job> submit(const void* x, ActivationDtype dtype, int64_t tokens,
-                              const int32_t* ids, const float* weights, const uint8_t* on_gpu,
-                              void* out);
-  // The same for inputs that stay until the job has ended: nothing is waited for.
-  std::shared_ptr<LayerJob> submit_kept(const void* x, ActivationDtype dtype, int64_t tokens,
-                                        const int32_t* ids, const float* weights,
-                                        const uint8_t* on_gpu, void* out);
+  // Queues out = sum over top-k of weight * expert(x) for each row. Has read the inputs when it
+  // returns, many rows of x with the workers' help. The job holds `out`, [tokens, hidden] in the
+  // dtype of x, for as long as it may write there. Throws std::invalid_argument for a bad expert
+  // id.
+  std::shared_ptr<Job> submit(const CallInputs& inputs, std::shared_ptr<void> out);
+  // The same in two steps, for inputs that stay until the job has ended: they are not copied, and a
+  // bad id is left out, which the job's bad_id() tells. Between the steps somebody else may get to
+  // know the job, and abandon it where it has to wait for its turn.
+  std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, std::shared_ptr<void> out) const;
+  void submit_kept(const std::shared_ptr<LayerJob>& job) { engine_->submit(job, true); }
+  // As WorkerPool::abandon.
+  bool abandon(Job& job, const std::string& reason) { return engine_->pool.abandon(job, reason); }
+
+  // Bytes of x, and of the output. Throws std::invalid_argument for a number of tokens that no call
+  // can have.
+  size_t row_bytes(ActivationDtype dtype) const;
+  size_t output_bytes(ActivationDtype dtype, int64_t tokens) const;
 
  private:
   // Before and after the weights are written.
@@ -69,6 +92,7 @@ class Layer {
 
   const LayerConfig config_;
   const std::shared_ptr<Engine> engine_;
+  std::shared_ptr<const ExpertMask> on_gpu_;
   std::vector<Slice> slices_;
   Buffer tables_;  // as the target wants them
   int64_t weight_bytes_ = 0;

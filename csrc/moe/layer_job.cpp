@@ -36,20 +36,21 @@ void reserve(std::vector<std::atomic<int32_t>>& counters, size_t count) {
 
 }  // namespace
 
-LayerJob::LayerJob(const Layer& layer, Engine& engine, const void* x, ActivationDtype dtype,
-                   int64_t tokens, const int32_t* ids, const float* weights, const uint8_t* on_gpu,
-                   void* out)
+LayerJob::LayerJob(const Layer& layer, Engine& engine, const CallInputs& inputs,
+                   std::shared_ptr<void> out)
     : layer_(layer),
       engine_(engine),
       kernels_(engine.kernels),
       config_(layer.config()),
-      dtype_(dtype),
-      tokens_(tokens),
-      x_(x),
-      out_(out),
+      dtype_(inputs.dtype),
+      tokens_(inputs.tokens),
+      x_(inputs.x),
+      out_(std::move(out)),
       memory_(engine.take_memory()),
       routing_(memory_->routing) {
-  group_by_expert(ids, weights, tokens, config_.top_k, on_gpu, config_.num_experts, routing_);
+  group_by_expert(inputs.ids, inputs.weights, tokens_, config_.top_k, layer.on_gpu(),
+                  config_.num_experts, routing_);
+  bad_ = routing_.bad;
   const size_t experts = routing_.experts.size(), slices = layer.slices().size();
   const auto column_groups =
       static_cast<size_t>(layer.layout(Projection::kDown).panels() / kDownPanels);
@@ -67,12 +68,16 @@ LayerJob::LayerJob(const Layer& layer, Engine& engine, const void* x, Activation
   for (size_t s = 0; s < slices; ++s)
     fill(memory_->panels_left, s * experts, experts,
          layer.slices()[s].layout(Projection::kGate).panels());
-  one_row_ = tokens == 1 && routing_.pairs() == static_cast<int64_t>(experts);
+  one_row_ = tokens_ == 1 && routing_.pairs() == static_cast<int64_t>(experts);
   const auto rows = static_cast<size_t>((one_row_ ? 1 : routing_.pairs()) + kRowPadding);
   memory_->x.reserve(rows * static_cast<size_t>(row_stride(config_.hidden_size, kernels_)));
   memory_->x_scales.reserve(rows * sizeof(RowScale));
-  for (int64_t t = 0; t < tokens; ++t)
+  for (int64_t t = 0; t < tokens_; ++t)
     quantize_input(t, memory_->x.data(), memory_->x_scales.as<RowScale>());
+}
+
+LayerJob::~LayerJob() {
+  if (memory_) engine_.give_memory(std::move(memory_));  // it was never submitted
 }
 
 void LayerJob::finish() noexcept {
@@ -86,8 +91,7 @@ void LayerJob::finish() noexcept {
 }
 
 size_t LayerJob::input_bytes() const {
-  return static_cast<size_t>(tokens_ * config_.hidden_size) *
-         (dtype_ == ActivationDtype::kBf16 ? sizeof(uint16_t) : sizeof(float));
+  return static_cast<size_t>(tokens_) * layer_.row_bytes(dtype_);
 }
 
 void LayerJob::copy_inputs() {
@@ -217,9 +221,11 @@ void LayerJob::quantize_input(int64_t token, uint8_t* rows, RowScale* scales) co
 // them from another.
 void LayerJob::quantize_inputs(size_t slice, const Worker& worker) {
   const Scratch& scratch = engine_.scratch[slice];
-  const auto [begin, end] = share(tokens_, worker);
-  for (int64_t t = begin; t < end; ++t)
-    quantize_input(t, scratch.x_q.data(), scratch.x_scales.as<RowScale>());
+  engine_.pool.in_memory_of_waiters(*this, worker, [&] {
+    const auto [begin, end] = share(tokens_, worker);
+    for (int64_t t = begin; t < end; ++t)
+      quantize_input(t, scratch.x_q.data(), scratch.x_scales.as<RowScale>());
+  });
 }
 
 // Tasks are (expert, panel) in memory order. A free thread takes a run of them, long at first and
@@ -301,19 +307,19 @@ void LayerJob::down(size_t slice, const Worker& worker) {
       if (memory_->slices_left[static_cast<size_t>(task)].fetch_sub(1, std::memory_order_acq_rel) ==
           1)
         continue;
-      write_columns(complete, task);
+      write_columns(complete, task, worker);
       complete = task + 1;
     }
-    write_columns(complete, end);
+    write_columns(complete, end, worker);
   }
 }
 
 // The sum over slices of the column groups [begin, end), to the output in its dtype.
-void LayerJob::write_columns(int64_t begin, int64_t end) {
+void LayerJob::write_columns(int64_t begin, int64_t end, const Worker& worker) {
   const int64_t column = begin * kDownPanels * kPanelRows;
   const int64_t columns = end * kDownPanels * kPanelRows - column;
   if (columns <= 0) return;
-  for (int64_t row = 0; row < tokens_; ++row) {
+  const auto write = [&](int64_t row) {
     float* const sum = sums(0, row) + column;
     for (size_t slice = 1; slice < layer_.slices().size(); ++slice) {
       const float* const more = sums(slice, row) + column;
@@ -321,11 +327,14 @@ void LayerJob::write_columns(int64_t begin, int64_t end) {
     }
     const int64_t to = row * config_.hidden_size + column;
     if (dtype_ == ActivationDtype::kBf16) {
-      kernels_.store_bf16(sum, columns, static_cast<uint16_t*>(out_) + to);
+      kernels_.store_bf16(sum, columns, static_cast<uint16_t*>(out_.get()) + to);
     } else {
-      std::copy_n(sum, columns, static_cast<float*>(out_) + to);
+      std::copy_n(sum, columns, static_cast<float*>(out_.get()) + to);
     }
-  }
+  };
+  engine_.pool.in_memory_of_waiters(*this, worker, [&] {
+    for (int64_t row = 0; row < tokens_; ++row) write(row);
+  });
 }
 
 }  // namespace kt

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "moe/layer.h"
 
@@ -14,8 +15,12 @@ class LayerJob : public Job {
  public:
   // Copies the routing and, if they are few, the inputs; see Layer::submit. `x` must stay until
   // wait_for_inputs returns.
-  LayerJob(const Layer& layer, Engine& engine, const void* x, ActivationDtype dtype, int64_t tokens,
-           const int32_t* ids, const float* weights, const uint8_t* on_gpu, void* out);
+  LayerJob(const Layer& layer, Engine& engine, const CallInputs& inputs, std::shared_ptr<void> out);
+
+  ~LayerJob() override;
+
+  // The first expert id that is none; its slot is left out.
+  const std::optional<BadId>& bad_id() const { return bad_; }
 
   // Many tokens: inputs to int8 | gate and up | intermediate rows to int8 | down and the sum over
   // slices. Few: whoever submits quantises the inputs and whoever finishes an expert quantises its
@@ -51,7 +56,7 @@ class LayerJob : public Job {
   void gate_up(size_t slice, const Worker& worker);
   void quantize_intermediate(size_t slice, int64_t begin, int64_t end);
   void down(size_t slice, const Worker& worker);
-  void write_columns(int64_t begin, int64_t end);
+  void write_columns(int64_t begin, int64_t end, const Worker& worker);
 
   // The quantised inputs of a group of pairs, one expert's.
   Rows inputs(size_t slice, size_t group) const;
@@ -74,9 +79,10 @@ class LayerJob : public Job {
   const ActivationDtype dtype_;
   const int64_t tokens_;
   const void* x_;
-  void* const out_;
+  const std::shared_ptr<void> out_;
   std::unique_ptr<CallMemory> memory_;
-  Routing& routing_;                  // in memory_
+  Routing& routing_;  // in memory_
+  std::optional<BadId> bad_;
   bool one_row_ = false;              // of input, which all experts share
   std::atomic<uint32_t> readers_{0};  // workers that have yet to read the caller's inputs
 };

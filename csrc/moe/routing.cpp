@@ -4,18 +4,28 @@
 
 namespace kt {
 
-void group_by_expert(const int32_t* ids, const float* weights, int64_t tokens, int64_t top_k,
+std::string describe(const BadId& bad, int64_t num_experts) {
+  return concat("expert id ", bad.id, " of token ", bad.token, " is outside [0, ", num_experts,
+                ")");
+}
+
+void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
                      const uint8_t* on_gpu, int64_t num_experts, Routing& routing) {
   const int64_t slots = tokens * top_k;
   std::vector<int64_t>& place = routing.place;  // count, then next position
   place.assign(static_cast<size_t>(num_experts), 0);
+  std::vector<int32_t>& slot = routing.pairs_of_token;  // its expert at first
+  slot.assign(static_cast<size_t>(slots), -1);
+  routing.bad.reset();
   for (int64_t i = 0; i < slots; ++i) {
-    const int32_t id = ids[i];
-    if (id == -1) continue;
-    if (id < 0 || id >= num_experts)
-      fail_argument("expert id ", id, " of token ", i / top_k, " is outside [0, ", num_experts,
-                    ")");
-    if (!on_gpu[id]) ++place[static_cast<size_t>(id)];
+    const int64_t id = ids[i];
+    if (id < 0 || id >= num_experts) {
+      if (id != -1 && !routing.bad) routing.bad = {id, i / top_k};
+      continue;
+    }
+    if (on_gpu[id]) continue;
+    ++place[static_cast<size_t>(id)];
+    slot[static_cast<size_t>(i)] = static_cast<int32_t>(id);
   }
   routing.experts.clear();
   routing.begin.assign(1, 0);
@@ -30,14 +40,13 @@ void group_by_expert(const int32_t* ids, const float* weights, int64_t tokens, i
   }
   routing.tokens.resize(static_cast<size_t>(pairs));
   routing.weights.resize(static_cast<size_t>(pairs));
-  routing.pairs_of_token.assign(static_cast<size_t>(slots), -1);
   for (int64_t i = 0; i < slots; ++i) {
-    const int32_t id = ids[i];
-    if (id < 0 || on_gpu[id]) continue;
-    const auto pair = static_cast<size_t>(place[static_cast<size_t>(id)]++);
+    int32_t& expert = slot[static_cast<size_t>(i)];
+    if (expert < 0) continue;
+    const auto pair = static_cast<size_t>(place[static_cast<size_t>(expert)]++);
     routing.tokens[pair] = static_cast<int32_t>(i / top_k);
     routing.weights[pair] = weights[i];
-    routing.pairs_of_token[static_cast<size_t>(i)] = static_cast<int32_t>(pair);
+    expert = static_cast<int32_t>(pair);
   }
 }
 

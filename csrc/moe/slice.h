@@ -12,6 +12,8 @@
 
 namespace kt {
 
+constexpr int64_t kMaxExperts = 65536;
+
 struct LayerConfig {
   int64_t num_experts = 0;
   int64_t top_k = 0;

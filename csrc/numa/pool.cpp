@@ -16,6 +16,8 @@ namespace {
 // idle server.
 constexpr int kSpins = 1000;
 
+constexpr int kLargestCpu = 1 << 20;  // far above what Linux numbers
+
 inline void pause() { __builtin_ia32_pause(); }
 
 void pin(std::thread& thread, int cpu) {
@@ -46,10 +48,12 @@ void wait_changed(const std::atomic<uint32_t>& word, uint32_t old) {
 }
 
 WorkerPool::WorkerPool(std::vector<std::vector<int>> cpus)
-    : cpus_(std::move(cpus)), end_barrier_(count(cpus_)) {
+    : cpus_(std::move(cpus)), busy_(static_cast<size_t>(count(cpus_))), end_barrier_(count(cpus_)) {
   if (cpus_.empty()) fail_argument("a worker pool needs at least one CPU");
   for (const std::vector<int>& group : cpus_) {
     if (group.empty()) fail_argument("a group of workers needs at least one CPU");
+    for (int cpu : group)
+      if (cpu < 0 || cpu > kLargestCpu) fail_argument("CPU ", cpu, ": expected 0 to ", kLargestCpu);
     group_barriers_.emplace_back(static_cast<int>(group.size()));
   }
   threads_.reserve(static_cast<size_t>(count(cpus_)));
@@ -84,7 +88,9 @@ void WorkerPool::stop() {
 void WorkerPool::submit(std::shared_ptr<Job> job) {
   {
     std::unique_lock lock(mutex_);
-    completion_.wait(lock, [&] { return submitted_.load() - completed_.load() < kMaxJobs; });
+    completion_.wait(
+        lock, [&] { return submitted_.load() - completed_.load() < kMaxJobs || job->ended(); });
+    if (job->ended()) return;
     const uint64_t sequence = submitted_.load();
     ring_[sequence % kMaxJobs] = std::move(job);
     submitted_.store(sequence + 1, std::memory_order_release);
@@ -99,22 +105,30 @@ void WorkerPool::wait(Job& job) {
   if (job.error_) std::rethrow_exception(job.error_);
 }
 
-void WorkerPool::abandon(Job& job, const std::string& reason) {
+bool WorkerPool::abandon(Job& job, const std::string& reason) {
   {
     const std::lock_guard lock(job.mutex_);
-    if (job.done_.load(std::memory_order_acquire) != 0) return;
+    if (job.ended()) return false;
     if (!job.error_) job.error_ = std::make_exception_ptr(std::runtime_error(reason));
   }
-  job.failed_.store(true, std::memory_order_release);  // what has not begun is left out
-  job.done_.store(1, std::memory_order_release);
+  job.failed_.store(true);  // what has not begun is left out
+  for (const Busy& busy : busy_)
+    while (busy.flag.load(std::memory_order_acquire)) std::this_thread::yield();
+  {
+    const std::lock_guard lock(mutex_);  // of those who wait for their turn
+    job.done_.store(1, std::memory_order_release);
+  }
   job.done_.notify_all();
+  completion_.notify_all();
+  return true;
 }
 
 bool WorkerPool::idle() const { return completed_.load() == submitted_.load(); }
 
-void WorkerPool::drain() {
+bool WorkerPool::drain(const Job* waiting) {
   std::unique_lock lock(mutex_);
-  completion_.wait(lock, [&] { return idle(); });
+  completion_.wait(lock, [&] { return idle() || (waiting != nullptr && waiting->ended()); });
+  return idle();
 }
 
 // The job of that number, or null once the pool stops and all submitted jobs are done.

@@ -34,6 +34,8 @@ class Job {
   virtual void run(int phase, const Worker& worker) = 0;
   // Called by one worker after all phases, well or not, before wait() returns.
   virtual void finish() noexcept {}
+  // Well or not, or abandoned.
+  bool ended() const { return done_.load(std::memory_order_acquire) != 0; }
 
  private:
   friend class WorkerPool;
@@ -88,15 +90,26 @@ class WorkerPool {
   const std::vector<std::vector<int>>& cpus() const { return cpus_; }
 
   // Queues a job and returns; jobs run in the order of submission. Waits while kMaxJobs are queued.
+  // A job that was abandoned is not queued.
   void submit(std::shared_ptr<Job> job);
   // Waits until the job has ended and rethrows what a worker threw.
   static void wait(Job& job);
-  // Ends the wait for a job that may never end: wait() throws std::runtime_error with the reason.
-  // Nothing if the job has ended.
-  static void abandon(Job& job, const std::string& reason);
-  // Whether every job submitted so far has ended, well or not; and waiting until that is so.
+  // Ends the wait for a job that may never end, be it for its turn: wait() throws
+  // std::runtime_error with the reason. False if the job has ended.
+  bool abandon(Job& job, const std::string& reason);
+  // For a worker's job: calls f(), which reads or writes a little of the memory of those who wait,
+  // unless the job has failed. abandon() returns when no such call is left: then it is theirs.
+  template <class F>
+  void in_memory_of_waiters(const Job& job, const Worker& worker, const F& f) {
+    std::atomic<bool>& busy = busy_[static_cast<size_t>(worker.index)].flag;
+    busy.store(true);  // in one order with failed_ for all: either this or abandon sees the other
+    if (!job.failed_.load()) f();
+    busy.store(false, std::memory_order_release);
+  }
+  // Whether every job submitted so far has ended, well or not; and waiting until that is so, or
+  // until the job that has to wait for it is abandoned: then false.
   bool idle() const;
-  void drain();
+  bool drain(const Job* waiting = nullptr);
 
  private:
   static constexpr uint64_t kMaxJobs = 64;
@@ -107,7 +120,12 @@ class WorkerPool {
   void complete(uint64_t sequence);
   void stop();
 
+  struct alignas(64) Busy {
+    std::atomic<bool> flag{false};
+  };
+
   const std::vector<std::vector<int>> cpus_;
+  std::vector<Busy> busy_;  // of each worker
   std::deque<Barrier> group_barriers_;
   Barrier end_barrier_;
 

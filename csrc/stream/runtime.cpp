@@ -13,7 +13,8 @@ void CudaRuntime::check(CudaError error, const char* what) const {
 }
 
 CudaRuntime find_cuda_runtime(const std::string& library) {
-  void* const handle = dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
+  // No name would be this program.
+  void* const handle = library.empty() ? nullptr : dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
   if (handle == nullptr) fail_runtime("the CUDA runtime ", library, " is not loaded");
   const auto resolve = [&](auto& function, const char* name) {
     void* const found = dlsym(handle, name);

@@ -42,9 +42,10 @@ uint8_t* StreamContext::allocate(size_t bytes) {
 
 StreamContext::Pinned StreamContext::carve(const Shape& shape) {
   const size_t rows = align(shape.tokens * shape.row_bytes);
-  const size_t routing = align(shape.tokens * shape.top_k * 4);
-  uint8_t* const memory = allocate(2 * rows + 2 * routing);
-  return {memory, memory + 2 * rows, memory + 2 * rows + routing, memory + rows};
+  const size_t ids = align(shape.tokens * shape.id_bytes);
+  const size_t weights = align(shape.tokens * shape.top_k * 4);
+  uint8_t* const memory = allocate(2 * rows + ids + weights);
+  return {memory, memory + 2 * rows, memory + 2 * rows + ids, memory + rows};
 }
 
 StreamContext::Pinned StreamContext::captured(const Shape& shape, size_t set) {
@@ -59,10 +60,11 @@ StreamContext::Pinned StreamContext::passing(const Shape& shape, size_t set) {
   const std::lock_guard lock(mutex_);
   Shape& has = passing_shape_[set];
   if (has.tokens * has.row_bytes < shape.tokens * shape.row_bytes ||
+      has.tokens * has.id_bytes < shape.tokens * shape.id_bytes ||
       has.tokens * has.top_k < shape.tokens * shape.top_k) {
     // At least twice as large: all that is left behind is no more than what is in use.
     has = {std::max(shape.tokens, 2 * has.tokens), std::max(shape.row_bytes, has.row_bytes),
-           std::max(shape.top_k, has.top_k)};
+           std::max(shape.id_bytes, has.id_bytes), std::max(shape.top_k, has.top_k)};
     passing_[set] = carve(has);
   }
   return passing_[set];
@@ -79,34 +81,44 @@ void StreamContext::fail(const std::string& reason) {
 }
 
 void StreamContext::end_overdue(std::chrono::milliseconds limit) {
-  std::vector<Waiting> overdue;
+  std::vector<Running> overdue;
   {
     const std::lock_guard lock(mutex_);
     const auto now = std::chrono::steady_clock::now();
-    for (const Waiting& waiting : waiting_)
-      if (now - waiting.since > limit) overdue.push_back(waiting);
+    for (const Running& running : running_)
+      if (now - running.since > limit) overdue.push_back(running);
   }
   const double seconds = std::chrono::duration<double>(limit).count();
-  for (const Waiting& waiting : overdue)
-    WorkerPool::abandon(*waiting.job, concat("not finished after ", seconds, " s"));
+  const std::string reason = concat("not finished after ", seconds, " s");
+  for (const Running& running : overdue)
+    // Said here, too: a call that still waits for its turn has not come to its finish.
+    if (running.layer->abandon(*running.job, reason))
+      fail(concat("layer ", running.layer_idx, ": ", reason));
 }
 
 // ---- one layer ----------------------------------------------------------------------------------
 
 struct StreamLayer::Call {
-  std::shared_ptr<StreamContext> context;
-  std::shared_ptr<Layer> layer;
-  int layer_idx;
-  ActivationDtype dtype;
-  int64_t tokens;
-  size_t out_bytes;
-  const uint8_t* on_gpu;
-  StreamContext::Pinned pinned;
-  bool captured;
-  std::shared_ptr<Job> job;  // between start and finish
+  const std::shared_ptr<StreamContext> context;
+  std::shared_ptr<Layer> layer;  // null when the StreamLayer is gone; the context's mutex is its
+  const int layer_idx;
+  const CallInputs inputs;  // in pinned memory
+  const size_t out_bytes;
+  const StreamContext::Pinned pinned;
+  const bool captured;
+  // Its place in the context's list between start and finish: moved there and back, so that
+  // nothing is allocated.
+  std::list<StreamContext::Running> place{1};
+  std::list<StreamContext::Running>::iterator at{};  // while it is there
 
-  void fail(const std::exception& error) {
-    context->fail(concat("layer ", layer_idx, ": ", error.what()));
+  // Out of the context's list, if it is there, and what it was.
+  StreamContext::Running stop_running(StreamContext& from) {
+    const std::lock_guard lock(from.mutex_);
+    if (place.empty()) place.splice(place.end(), from.running_, at);
+    return std::exchange(place.front(), {});
+  }
+  void fail(const std::string& reason) const {
+    context->fail(concat("layer ", layer_idx, ": ", reason));
   }
 };
 
@@ -115,50 +127,70 @@ StreamLayer::StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr
     : context_(std::move(context)),
       layer_(std::move(layer)),
       layer_idx_(layer_idx),
-      set_(static_cast<size_t>(layer_idx % 2 + (deferred ? 2 : 0))) {}
+      set_(static_cast<size_t>(layer_idx % 2 + (deferred ? 2 : 0))) {
+  if (layer_idx < 0) fail_argument("layer_idx is ", layer_idx, ": expected at least 0");
+}
 
-StreamLayer::~StreamLayer() = default;
+StreamLayer::~StreamLayer() {
+  const std::lock_guard lock(context_->mutex_);
+  for (Call* call : captured_calls_) call->layer.reset();  // not the last: layer_ is one more
+}
 
 // Host functions must not call CUDA, and nothing may be thrown through it.
 void StreamLayer::start(void* data) {
   Call& call = *static_cast<Call*>(data);
+  StreamContext& context = *call.context;
   try {
-    call.job = call.layer->submit_kept(
-        call.pinned.x, call.dtype, call.tokens, reinterpret_cast<int32_t*>(call.pinned.ids),
-        reinterpret_cast<float*>(call.pinned.weights), call.on_gpu, call.pinned.out);
+    StreamContext::Running running{nullptr, nullptr, call.layer_idx, {}};
+    {
+      const std::lock_guard lock(context.mutex_);
+      running.layer = call.layer;
+    }
+    if (!running.layer) fail_runtime("called after its deletion");
+    // Pinned memory stays for ever and so has no owner.
+    running.job = running.layer->make_job(call.inputs, {std::shared_ptr<void>(), call.pinned.out});
+    running.since = std::chrono::steady_clock::now();
+    if (const auto& bad = running.job->bad_id())
+      call.fail(describe(*bad, running.layer->config().num_experts));
+    call.stop_running(context);  // where a replay was never finished
+    {
+      const std::lock_guard lock(context.mutex_);
+      call.place.front() = running;
+      call.at = call.place.begin();
+      context.running_.splice(context.running_.end(), call.place);
+    }
+    running.layer->submit_kept(running.job);
   } catch (const std::exception& error) {
-    call.fail(error);
+    call.fail(error.what());
+    call.stop_running(context);  // nobody would end it
   }
 }
 
 void StreamLayer::finish(void* data) {
   Call& call = *static_cast<Call*>(data);
   const std::shared_ptr<StreamContext> context = call.context;
-  const std::shared_ptr<Job> job = std::move(call.job);
   bool done = false;
-  if (job) {
-    std::list<StreamContext::Waiting>::iterator place;
-    {
-      const std::lock_guard lock(context->mutex_);
-      place = context->waiting_.insert(context->waiting_.end(),
-                                       {job, std::chrono::steady_clock::now()});
-    }
+  StreamContext::Running running;
+  {
+    const std::lock_guard lock(context->mutex_);
+    if (call.place.empty()) running = *call.at;
+  }
+  if (running.job) {
     try {
-      WorkerPool::wait(*job);
+      WorkerPool::wait(*running.job);
       done = true;
     } catch (const std::exception& error) {
-      call.fail(error);
+      call.fail(error.what());
     }
-    const std::lock_guard lock(context->mutex_);
-    context->waiting_.erase(place);
+    call.stop_running(*context);
   }
   // Every bit set is NaN in bf16 and fp32: the damage shows.
   if (!done) std::memset(call.pinned.out, 0xff, call.out_bytes);
   if (!call.captured) delete &call;
 }
 
-void StreamLayer::submit(CudaStream stream, const void* x, ActivationDtype dtype, int64_t tokens,
-                         const int32_t* ids, const float* weights, const uint8_t* on_gpu) {
+void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
+  const size_t out_bytes = layer_->output_bytes(inputs.dtype, inputs.tokens);
   const std::string failure = context_->failure();
   if (!failure.empty()) fail_runtime("an earlier call failed: ", failure);
   if (pending_ != nullptr) fail_runtime("layer ", layer_idx_, ": submit without sync before it");
@@ -166,28 +198,29 @@ void StreamLayer::submit(CudaStream stream, const void* x, ActivationDtype dtype
   int capture = kCaptureNone;
   cuda.check(cuda.is_capturing(stream, &capture), "cudaStreamIsCapturing");
 
-  const LayerConfig& config = layer_->config();
-  const int64_t element = dtype == ActivationDtype::kBf16 ? 2 : 4;
-  const StreamContext::Shape shape{tokens, config.hidden_size * element, config.top_k};
+  const int64_t top_k = layer_->config().top_k;
+  const StreamContext::Shape shape{inputs.tokens,
+                                   static_cast<int64_t>(layer_->row_bytes(inputs.dtype)),
+                                   top_k * inputs.ids.bytes(), top_k};
   const bool captured = capture == kCaptureActive;
-  auto call = std::make_unique<Call>(Call{
-      context_, layer_, layer_idx_, dtype, tokens, static_cast<size_t>(tokens * shape.row_bytes),
-      on_gpu, captured ? context_->captured(shape, set_) : context_->passing(shape, set_), captured,
-      nullptr});
+  const StreamContext::Pinned pinned =
+      captured ? context_->captured(shape, set_) : context_->passing(shape, set_);
+  const CallInputs fetched{pinned.x, inputs.dtype, inputs.tokens,
+                           ExpertIds{pinned.ids, inputs.ids.is_int64},
+                           reinterpret_cast<const float*>(pinned.weights)};
+  auto call = std::make_unique<Call>(
+      Call{context_, layer_, layer_idx_, fetched, out_bytes, pinned, captured});
   const auto fetch = [&](uint8_t* to, const void* from, int64_t bytes) {
     cuda.check(cuda.memcpy_async(to, from, static_cast<size_t>(bytes), kDeviceToHost, stream),
                "cudaMemcpyAsync to the host");
   };
-  fetch(call->pinned.x, x, tokens * shape.row_bytes);
-  fetch(call->pinned.ids, ids, tokens * config.top_k * 4);
-  fetch(call->pinned.weights, weights, tokens * config.top_k * 4);
+  fetch(pinned.x, inputs.x, static_cast<int64_t>(out_bytes));
+  fetch(pinned.ids, inputs.ids.data, inputs.tokens * shape.id_bytes);
+  fetch(pinned.weights, inputs.weights, inputs.tokens * top_k * 4);
+  if (captured) captured_calls_.reserve(captured_calls_.size() + 1);  // nothing fails after this:
   cuda.check(cuda.launch_host_func(stream, start, call.get()), "cudaLaunchHostFunc");
-  pending_ = call.get();
-  if (captured) {
-    captured_calls_.push_back(std::move(call));
-  } else {
-    static_cast<void>(call.release());  // finish deletes it
-  }
+  pending_ = call.release();  // the stream has it; finish deletes what was not captured
+  if (captured) captured_calls_.push_back(pending_);
 }
 
 void StreamLayer::sync(CudaStream stream, void* out) {

@@ -39,6 +39,7 @@ class StreamContext {
   struct Shape {
     int64_t tokens = 0;
     int64_t row_bytes = 0;  // of x and of out
+    int64_t id_bytes = 0;   // of a token's
     int64_t top_k = 0;
     auto operator<=>(const Shape&) const = default;
   };
@@ -55,15 +56,19 @@ class StreamContext {
   std::string failure() const;
   void fail(const std::string& reason);
 
-  // Ends the wait for calls that have taken longer than this; they fail.
+  // Ends the wait for calls that began longer ago than this, also where they wait for their turn;
+  // they fail.
   void end_overdue(std::chrono::milliseconds limit);
 
   const CudaRuntime runtime;
 
  private:
   friend class StreamLayer;
-  struct Waiting {
-    std::shared_ptr<Job> job;
+  // A call between its start and its finish.
+  struct Running {
+    std::shared_ptr<Layer> layer;
+    std::shared_ptr<LayerJob> job;
+    int layer_idx = 0;
     std::chrono::steady_clock::time_point since;
   };
 
@@ -75,7 +80,7 @@ class StreamContext {
   std::array<Shape, kSets> passing_shape_;
   std::array<Pinned, kSets> passing_;
   std::string failure_;
-  std::list<Waiting> waiting_;
+  std::list<Running> running_;
 };
 
 // The calls of one layer.
@@ -84,13 +89,14 @@ class StreamLayer {
   // `deferred`: its calls are of a layer's deferred experts, and end during the next layer's call.
   StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx,
               bool deferred);
-  ~StreamLayer();  // graphs that captured its calls must be gone
+  // A graph that captured its calls may be replayed even then: they fail.
+  ~StreamLayer();
+  StreamLayer(const StreamLayer&) = delete;
+  StreamLayer& operator=(const StreamLayer&) = delete;
 
-  // Puts the start of a call on the stream; arguments as Layer::submit's, x, ids and weights in
-  // device memory. `on_gpu` must stay. Throws std::runtime_error for what CUDA refuses, and for a
-  // call that failed earlier.
-  void submit(CudaStream stream, const void* x, ActivationDtype dtype, int64_t tokens,
-              const int32_t* ids, const float* weights, const uint8_t* on_gpu);
+  // Puts the start of a call on the stream, whose inputs are in device memory. Throws
+  // std::runtime_error for what CUDA refuses, and for a call that failed earlier.
+  void submit(CudaStream stream, const CallInputs& inputs);
   // Puts the rest of it there; `out` is in device memory.
   void sync(CudaStream stream, void* out);
 
@@ -104,7 +110,7 @@ class StreamLayer {
   const int layer_idx_;
   const size_t set_;  // of pinned memory
   Call* pending_ = nullptr;
-  std::vector<std::unique_ptr<Call>> captured_calls_;  // graphs refer to them
+  std::vector<Call*> captured_calls_;  // graphs refer to them, so they stay for ever
 };
 
 }  // namespace kt

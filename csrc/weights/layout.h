@@ -10,6 +10,7 @@ namespace kt {
 constexpr int64_t kPanelRows = 16;  // output rows of a panel: lanes of a 512-bit int32 accumulator
 constexpr int64_t kBlockRows = 4;   // rows of a table block: a 16-byte lane holds 4 rows x 4 k
 constexpr int64_t kDimMultiple = 64;
+constexpr int64_t kMaxDim = 131072;  // sums over k of 128 * 127 fit int32
 constexpr int kNumTables = 256;
 constexpr int kTableLevels = 16;
 

@@ -179,6 +179,9 @@ def test_mask_may_change_between_calls(method: str) -> None:
         found = wrapper.forward(x, ids, weights, 0)
         want = expected(layer, method, x, ids, weights, skip=gpu)
         reference.assert_same(found, want)
+    wrapper.gpu_experts_mask = torch.arange(8) == 1
+    found = wrapper.forward(x, ids, weights, 0)
+    reference.assert_same(found, expected(layer, method, x, ids, weights, skip=(1,)))
 
 
 @pytest.mark.parametrize("tokens", MANY_TOKENS)

@@ -182,7 +182,7 @@ def test_weights_that_are_not_finite_are_refused(method: str, value: float) -> N
     [
         ((64, 100), "fp32", None, "int4", "64 x 100"),
         ((50, 64), "fp32", None, "int8", "50 x 64"),
-        ((64, 64), "bf16", None, "int4", "4-byte elements"),
+        ((64, 64), "bf16", None, "int4", "weight is float32, expected uint16"),
         ((64, 64), "fp32", np.ones((1, 1), np.float32), "int4", "scale_inv"),
         ((64, 64), "fp32", None, "int3", "int3"),
         ((64, 64), "fp12", None, "int4", "fp12"),

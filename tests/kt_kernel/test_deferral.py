@@ -196,6 +196,33 @@ def test_a_bad_id_among_the_deferred_is_refused(layers: list[RandomLayer]) -> No
     assert torch.equal(run(called[0], *batch(6, 0)), want[0])
 
 
+@pytest.mark.parametrize("end", ["refused", "another batch", "dropped"])
+def test_a_job_that_nobody_waits_for_keeps_its_memory(
+    layers: list[RandomLayer], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """However the pass ends, its deferred job does not write to memory that others have by then."""
+    monkeypatch.setenv("KT_TARGET", "scalar")  # slow
+    first, second = wrappers(layers, 6)[:2]
+    x, ids, weights = batch(900, 1)
+    first.forward(x, ids, weights)
+    before = first._engine.totals["calls"]
+    if end == "refused":
+        ids = torch.full_like(ids, SHAPE.num_experts)
+        with pytest.raises(UserError, match="expert id 16"):
+            second.submit_forward(x, ids, weights)
+    elif end == "another batch":
+        with pytest.raises(UserError, match="expected the same batch"):
+            second.submit_forward(*batch(899, 1))
+    else:
+        KTMoEWrapper._deferred = None
+    others = [first._engine.take_buffer(x.nbytes) for _ in range(4)]
+    for memory in others:
+        memory[:] = 0
+    assert first._engine.totals["calls"] == before, "the deferred job was over: nothing was tried"
+    second.without_deferral().forward(*batch(1, 1))  # jobs run in turn
+    assert not any(memory.any() for memory in others)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(layers: list[RandomLayer]) -> None:
     """The bits of the CPU, called directly and replayed by a graph with other inputs."""

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,22 +137,25 @@ def test_workers_are_named_pinned_and_end_with_their_engine() -> None:
     assert workers() == before
 
 
+def bits_of(layer: RandomLayer) -> list[np.ndarray]:
+    """Gate, up and down as ``load_matrices`` takes bf16."""
+    return [w.view(torch.uint16).numpy() for w in (layer.gate, layer.up, layer.down)]
+
+
 def test_totals_count_each_call_once(tmp_path: Path) -> None:
     """Few tokens and many take different ways through a call; both count, and are written."""
     e, k, h, i = LAYERS[0]
     shared = _ext.Engine([[CPUS[0]]], 1, "scalar")
     layer = _ext.Layer(shared, e, k, h, i, "int4")
     random = RandomLayer(LAYERS[0])
-    tensors = (random.gate, random.up, random.down)
-    layer.load_matrices([tensor.data_ptr() for tensor in tensors], "bf16", list(range(e)))
+    layer.load_matrices(bits_of(random), "bf16", list(range(e)))
     assert set(shared.totals.values()) == {0}
-    experts, on_gpu = 0, torch.zeros(e, dtype=torch.bool)
+    experts = 0
     started = time.monotonic_ns()
     for tokens in (3, 20):
         x, ids, weights = random_batch(LAYERS[0], tokens)
-        out = torch.empty_like(x)
-        pointers = [tensor.data_ptr() for tensor in (ids, weights, on_gpu, out)]
-        layer.submit(x.data_ptr(), "fp32", tokens, *pointers).wait()
+        out = shared.take_buffer(x.nbytes)
+        layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out).wait()
         experts += len(ids.unique())
     elapsed = time.monotonic_ns() - started
     totals = shared.totals
@@ -179,7 +183,8 @@ def test_an_error_in_a_worker_reaches_python(tmp_path: Path, slices: int) -> Non
     path.write_bytes(b"\0" * 100)
     e, k, h, i = LAYERS[0]
     groups = [[CPUS[0]]] * slices
-    layer = _ext.Layer(_ext.Engine(groups, slices, "scalar"), e, k, h, i, "int4")
+    made = _ext.Engine(groups, slices, "scalar")
+    layer = _ext.Layer(made, e, k, h, i, "int4")
     everything = list(range(e))
     for _ in range(3):
         with pytest.raises(RuntimeError, match=r"short ends before byte \d+"):
@@ -187,9 +192,21 @@ def test_an_error_in_a_worker_reaches_python(tmp_path: Path, slices: int) -> Non
     random = RandomLayer(LAYERS[0])
     x, ids, weights = random_batch(LAYERS[0], 5)
     want = random.wrapper("int4", threadpool_count=slices).forward(x, ids, weights, 0)
-    tensors = (random.gate, random.up, random.down)
-    layer.load_matrices([tensor.data_ptr() for tensor in tensors], "bf16", everything)
-    found, on_gpu = torch.empty_like(x), torch.zeros(e, dtype=torch.bool)
-    pointers = [tensor.data_ptr() for tensor in (ids, weights, on_gpu, found)]
-    layer.submit(x.data_ptr(), "fp32", 5, *pointers).wait()
-    assert torch.equal(found, want)
+    layer.load_matrices(bits_of(random), "bf16", everything)
+    found = made.take_buffer(x.nbytes)
+    layer.submit(x.numpy(), ids.numpy(), weights.numpy(), found).wait()
+    assert torch.equal(torch.from_numpy(found).view(torch.float32).view(x.shape), want)
+
+
+def test_a_job_outlives_its_layer_and_engine() -> None:
+    """Whoever goes first: the output is whole, and its memory is nobody else's."""
+    e, k, h, i = LAYERS[0]
+    made = _ext.Engine([[CPUS[0]]], 1, "scalar")
+    layer, random = _ext.Layer(made, e, k, h, i, "int8"), RandomLayer(LAYERS[0])
+    layer.load_matrices(bits_of(random), "bf16", list(range(e)))
+    x, ids, weights = random_batch(LAYERS[0], 300)
+    out = made.take_like(x.numpy())
+    job = layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out)
+    del layer, made
+    job.wait()
+    assert torch.equal(torch.from_numpy(out), random.wrapper("int8").forward(x, ids, weights))

@@ -28,6 +28,10 @@ def test_counts_are_clamped(asked: int, marked: int) -> None:
     assert int(generate_gpu_experts_masks(torch.rand(2, 4), asked).sum()) == marked
 
 
-def test_not_a_matrix() -> None:
+def test_bad_arguments() -> None:
     with pytest.raises(UserError, match=r"activation_freq has shape \[8\]"):
         generate_gpu_experts_masks(torch.rand(8), 1)
+    with pytest.raises(UserError, match="activation_freq has a NaN"):
+        generate_gpu_experts_masks(torch.full((2, 4), torch.nan), 1)
+    with pytest.raises(UserError, match=r"num_gpu_experts is 1\.5: expected an integer"):
+        generate_gpu_experts_masks(torch.rand(2, 4), 1.5)  # type: ignore[arg-type]

@@ -81,6 +81,19 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
         ({"num_gpu_experts": -1}, "is -1: expected 0 to 4"),
         ({"cpuinfer_threads": 0}, "cpuinfer_threads is 0: expected at least 1"),
         ({"threadpool_count": 0}, "threadpool_count is 0: expected at least 1"),
+        # Beyond what the extension's types hold, and what would be rounded.
+        ({"threadpool_count": 2**32 + 1}, "threadpool_count is 4294967297: expected 1 to 1024"),
+        ({"threadpool_count": 1.5}, "threadpool_count is 1.5: expected an integer"),
+        ({"cpuinfer_threads": 2.5}, "cpuinfer_threads is 2.5: expected an integer"),
+        ({"layer_idx": -1}, "layer_idx is -1: expected 0 to"),
+        ({"layer_idx": 2**32}, "layer_idx is 4294967296: expected 0 to"),
+        ({"num_experts": 2**32 + 4}, "number of experts is 4294967300: expected at least 1"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok is 5: expected 1 to 4"),
+        ({"hidden_size": 2**32 + 256}, "hidden_size is 4294967552: expected a positive"),
+        ({"moe_intermediate_size": 64.0}, "moe_intermediate_size is 64.0: expected an integer"),
+        ({"num_gpu_experts": 1.5}, "num_gpu_experts .* is 1.5: expected an integer"),
+        ({"num_gpu_experts": 2**32}, "num_gpu_experts .* is 4294967296: expected 0 to 4"),
+        ({"max_deferred_experts_per_token": 0.5}, "max_deferred_experts_per_token .* is 0.5"),
         ({"mode": "sft"}, "mode is 'sft'"),
         ({"max_deferred_experts_per_token": -1}, "max_deferred_experts_per_token .* is -1"),
         ({"swiglu_limit": 10.0}, "swiglu_limit 10.0"),
@@ -119,8 +132,19 @@ def test_weight_path_problems(tmp_path: Path) -> None:
         load(weight_path=str(tmp_path), method="AMXINT8", hidden_size=128)
 
 
-@pytest.mark.parametrize("sources", [[0, 1, 2], [0, 1, 2, 4], [-1, 0, 1, 2]])
-def test_bad_expert_map(tmp_path: Path, sources: list[int]) -> None:
+@pytest.mark.parametrize(
+    "sources",
+    [
+        [0, 1, 2],
+        [0, 1, 2, 4],
+        [-1, 0, 1, 2],
+        [0, 1, 2, 2**32 + 3],
+        [0.0, 1.0, 2.0, 3.0],
+        [[0, 1, 2, 3]],
+        [False, True, True, True],
+    ],
+)
+def test_bad_expert_map(tmp_path: Path, sources: list[Any]) -> None:
     write_layer(tmp_path, LAYOUTS["int4"], 3)
     wrapper = KTMoEWrapper(**{**ARGUMENTS, "weight_path": str(tmp_path)})
     with pytest.raises(UserError, match="physical_to_logical_map"):
@@ -163,6 +187,13 @@ def test_bad_calls() -> None:
         ((x, ids, weights.half()), "topk_weights is torch.float16"),
         ((x, torch.full_like(ids, 4), weights), r"expert id 4 of token 0 is outside \[0, 4\)"),
         ((x, torch.full_like(ids, -2), weights), "expert id -2"),
+        # In int32 these are 1, padding, and 0.
+        ((x, torch.full((5, 2), 2**32 + 1), weights), "expert id 4294967297 of token 0 is outside"),
+        ((x, torch.full((5, 2), 2**32 - 1), weights), "expert id 4294967295"),
+        ((x, torch.full((5, 2), -(2**63)), weights), "expert id -9223372036854775808"),
+        ((x, ids.float(), weights), "topk_ids is torch.float32"),
+        ((x, ids, weights.double()), "topk_weights is torch.float64"),
+        ((x, ids.to("meta"), weights), "topk_ids on meta and .*: expected one device"),
     ):
         with pytest.raises(UserError, match=message):
             wrapper.forward(*args, 0)

@@ -37,7 +37,7 @@ uint32_t random_bits(uint32_t& state) { return state = state * 1664525 + 1013904
 uint64_t output_hash(kt::Layer& layer, int64_t tokens) {
   const kt::LayerConfig& c = layer.config();
   uint32_t state = static_cast<uint32_t>(tokens);
-  std::vector<float> x(static_cast<size_t>(tokens * c.hidden_size)), out(x.size());
+  std::vector<float> x(static_cast<size_t>(tokens * c.hidden_size));
   for (float& value : x) value = static_cast<float>(random_bits(state) >> 8) * 0x1p-23f - 1.0f;
   std::vector<int32_t> ids;
   std::vector<float> weights;
@@ -49,13 +49,13 @@ uint64_t output_hash(kt::Layer& layer, int64_t tokens) {
       weights.push_back(static_cast<float>(random_bits(state) >> 8) * 0x1p-24f);
     }
   }
-  const std::vector<uint8_t> on_gpu(static_cast<size_t>(c.num_experts), 0);
-  const auto job = layer.submit(x.data(), kt::ActivationDtype::kFp32, tokens, ids.data(),
-                                weights.data(), on_gpu.data(), out.data());
-  kt::WorkerPool::wait(*job);
+  const auto out = std::make_shared<std::vector<float>>(x.size());
+  const kt::CallInputs inputs{x.data(), kt::ActivationDtype::kFp32, tokens,
+                              kt::ExpertIds{ids.data()}, weights.data()};
+  kt::WorkerPool::wait(*layer.submit(inputs, {out, out->data()}));
   uint64_t hash = 0xcbf29ce484222325;
-  const auto* bytes = reinterpret_cast<const uint8_t*>(out.data());
-  for (size_t i = 0; i < out.size() * sizeof(float); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(out->data());
+  for (size_t i = 0; i < out->size() * sizeof(float); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3;
   return hash;
 }
 

@@ -4,7 +4,6 @@
 //
 //   stress FAKE_RUNTIME CALLS
 
-#include <array>
 #include <atomic>
 #include <charconv>
 #include <cstdio>
@@ -57,14 +56,12 @@ struct Inputs {
   std::vector<int32_t> ids;
 };
 
-constexpr std::array<uint8_t, kExperts> kOnGpu{};
-
 std::vector<float> call(kt::Layer& layer, const Inputs& in) {
-  std::vector<float> out(in.x.size());
-  const auto job = layer.submit(in.x.data(), kt::ActivationDtype::kFp32, in.tokens, in.ids.data(),
-                                in.weights.data(), kOnGpu.data(), out.data());
-  kt::WorkerPool::wait(*job);
-  return out;
+  const auto out = std::make_shared<std::vector<float>>(in.x.size());
+  const kt::CallInputs inputs{in.x.data(), kt::ActivationDtype::kFp32, in.tokens,
+                              kt::ExpertIds{in.ids.data()}, in.weights.data()};
+  kt::WorkerPool::wait(*layer.submit(inputs, {out, out->data()}));
+  return *out;
 }
 
 void expect(bool holds, const char* what) {
@@ -89,7 +86,7 @@ struct OnDevice {
         ids(to_device(in.ids)),
         out(to_device(in.x)) {}
   void submit(kt::StreamLayer& layer, void* stream) const {
-    layer.submit(stream, x, kt::ActivationDtype::kFp32, tokens, ids, weights, kOnGpu.data());
+    layer.submit(stream, {x, kt::ActivationDtype::kFp32, tokens, kt::ExpertIds{ids}, weights});
     layer.sync(stream, out);
   }
   bool holds(const std::vector<float>& want) const {

@@ -79,8 +79,8 @@ class Layer:
             "fp32" if batch.x.dtype == np.float32 else "bf16",
             batch.x.shape[0],
             batch.ids.address,
+            batch.ids.dtype == np.int64,
             batch.weights.address,
-            self.wrapper.gpu_experts_mask.data_ptr(),
         )
 
     def sync(self, stream: Stream, out: Array) -> None:
@@ -231,18 +231,43 @@ def test_calls_in_the_wrong_order(context: _ext.StreamContext, stream: Stream) -
     assert torch.equal(result(batch.out), layer.expected(2))
 
 
-def test_a_failure_shows_in_the_output_and_in_every_later_call(
-    context: _ext.StreamContext, stream: Stream
+@pytest.mark.parametrize("bad", [99, -7, 2**32 + 3], ids=str)
+def test_an_id_that_is_none_is_left_out_and_fails_every_later_call(
+    context: _ext.StreamContext, stream: Stream, bad: int
 ) -> None:
-    layer, other, batch = Layer(context, 3), Layer(context, 4), Batch.of(2)
-    batch.ids.numpy()[1, 0] = 99
-    layer.call(stream, batch)
+    """From a graph, which cannot raise it; int64 ids, which must not be narrowed to others."""
+    layer, other = Layer(context, 3), Layer(context, 4)
+    x, ids, weights = inputs(2, torch.float32, None)
+    batch = Batch(*(Array(t.numpy()) for t in (x, ids.long(), weights, x)))
+    stream.begin_capture()
+    layer.run(stream, batch)
+    graph = stream.end_capture()
+    stream.launch(graph)
+    stream.synchronize()
+    assert torch.equal(result(batch.out), layer.expected(2))
+    assert context.failure == ""
+    batch.ids.numpy()[1, 0] = bad
+    stream.launch(graph)
+    stream.synchronize()
+    ids[1, 0] = -1
+    assert torch.equal(result(batch.out), layer.wrapper.forward(x, ids, weights))
+    assert context.failure == f"layer 3: expert id {bad} of token 1 is outside [0, 8)"
+    with pytest.raises(RuntimeError, match=f"an earlier call failed: layer 3: expert id {bad} of"):
+        other.submit(stream, batch)
+
+
+def test_a_graph_replayed_after_its_layer(context: _ext.StreamContext, stream: Stream) -> None:
+    """What is left of the layer fails the call; nothing is read from memory that is gone."""
+    layer, batch = Layer(context, 6), Batch.of(3)
+    stream.begin_capture()
+    layer.run(stream, batch)
+    graph = stream.end_capture()
+    del layer
+    gc.collect()
+    stream.launch(graph)
     stream.synchronize()
     assert np.isnan(batch.out.numpy()).all()
-    assert "layer 3: " in context.failure
-    assert "99" in context.failure
-    with pytest.raises(RuntimeError, match=r"an earlier call failed: layer 3: .*99"):
-        other.submit(stream, batch)
+    assert context.failure == "layer 6: called after its deletion"
 
 
 def test_what_cuda_refuses(context: _ext.StreamContext, stream: Stream) -> None:
@@ -277,10 +302,35 @@ def test_a_call_that_never_ends_is_ended(context: _ext.StreamContext, stream: St
         context.end_overdue(0.001)
     stream.synchronize()
     assert "layer 6: not finished after 0.001 s" in context.failure
+    assert np.isnan(big.out.numpy()).all()
     with pytest.raises(RuntimeError, match="layer 6"):
         layer.submit(stream, batch)
     # The workers are well: what was left of the call is over, and others run.
     assert torch.equal(layer.expected(3), layer.expected(3))
+
+
+@pytest.mark.parametrize("tokens", [2, 1500], ids=["in the queue", "for scratch memory"])
+def test_a_call_that_waits_for_its_turn_is_ended(
+    context: _ext.StreamContext, stream: Stream, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> None:
+    """In CUDA's thread, before workers have it: behind a full queue, or to grow shared memory."""
+    monkeypatch.setenv("KT_TARGET", "scalar")
+    layer, batch = Layer(context, 5, "int4"), Batch.of(tokens)
+    engine, kernels = layer.wrapper._engine, layer.wrapper._layer
+    calls = engine.totals["calls"]
+    jobs = []
+    for waiting in [1000] if tokens == 1500 else [1000] + 63 * [1]:
+        x, ids, weights = (t.numpy() for t in inputs(waiting, torch.float32, None))
+        jobs.append(kernels.submit(x, ids, weights, engine.take_buffer(x.nbytes)))
+    layer.run(stream, batch)
+    while context.failure == "":
+        context.end_overdue(0.001)
+    assert engine.totals["calls"] == calls, "the job before was over: nothing had to wait"
+    stream.synchronize()
+    assert context.failure == "layer 5: not finished after 0.001 s"
+    assert np.isnan(batch.out.numpy()).all()
+    for job in jobs:
+        job.wait()
 
 
 def test_many_calls(context: _ext.StreamContext, stream: Stream) -> None:
