@@ -194,11 +194,12 @@ def check_threads(situation: Situation) -> Iterator[Result]:
             "a pool needs a thread: lower KT_THREADPOOL_COUNT",
         )
     else:
-        fits = pools == machine.numa_nodes
+        best = min(machine.numa_nodes, threads)
+        fits = pools == best
         yield Result(
             "thread-pools",
             Status.PASS if fits else Status.WARN,
-            f"one pool per NUMA node, that is KT_THREADPOOL_COUNT={machine.numa_nodes}",
+            f"one pool per NUMA node, that is KT_THREADPOOL_COUNT={best}",
             f"{pools}",
             "" if fits else "set it to that or to auto",
         )

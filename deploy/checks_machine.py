@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,17 +52,25 @@ def check_numa_memory(situation: Situation) -> Iterator[Result]:
     """Each NUMA node holds its threads' share of the experts.
 
     A pool's weights lie on its own node, so what does not fit there is read from another socket.
+    One pool's lie wherever its threads run and there is room; what that costs, the check of the
+    threads says.
     """
     nodes = situation.memory.nodes
     pools: int = situation.values["KT_THREADPOOL_COUNT"]
-    if len(nodes) < 2:
+    if len(nodes) < 2 or pools < 2:
         return  # the check of the memory tells
     share = situation.needs.weights(situation.values) / pools
-    short = [node for node, total in nodes.items() if total < share]
+    in_turn = list(nodes)
+    needed = Counter(in_turn[pool % len(nodes)] for pool in range(pools))
+    short = [node for node, count in needed.items() if nodes[node] < count * share]
+    if len(set(needed.values())) == 1:
+        each = f"{gigabytes(share * pools / len(needed))} on each of {len(needed)} NUMA nodes"
+    else:
+        each = ", ".join(f"{gigabytes(c * share)} on node {node}" for node, c in needed.items())
     yield Result(
         "numa-memory",
         Status.WARN if short else Status.PASS,
-        f"{gigabytes(share)} on each of {pools} NUMA nodes for {situation.needs.what}",
+        f"{each} for {situation.needs.what}",
         ", ".join(f"node {node}: {gigabytes(total)}" for node, total in nodes.items()),
         "spread the memory modules evenly: the rest is read through the slower link between the "
         "sockets"

@@ -231,6 +231,9 @@ def test_thread_pools() -> None:
     assert found[1].status is Status.WARN
     found = results(checks.check_threads, with_gpu(L20), KT_THREADPOOL_COUNT="2")
     assert found[1].status is Status.PASS
+    # What auto gives one thread, which cannot be in two pools.
+    found = results(checks.check_threads, with_gpu(L20), KT_CPUINFER="1")
+    assert (found[1].status, found[1].found) == (Status.PASS, "1")
 
 
 def test_device() -> None:

@@ -86,6 +86,17 @@ def test_memory_of_numa_nodes(tmp_path: Path) -> None:
     assert list(checks_machine.check_numa_memory(single)) == []
 
 
+def test_memory_of_numa_nodes_with_other_numbers_of_pools(tmp_path: Path) -> None:
+    """One pool has no node of its own; of three, two share the first node."""
+    host(tmp_path, 512)
+    alone = situation(tmp_path, KT_THREADPOOL_COUNT="1")
+    assert list(checks_machine.check_numa_memory(alone)) == []
+    three = situation(tmp_path, KT_THREADPOOL_COUNT="3", KT_CPUINFER="3")
+    (result,) = checks_machine.check_numa_memory(three)
+    assert result.expected.startswith("225.0 GB on node 0, 112.5 GB on node 1 for")
+    assert result.status is Status.PASS
+
+
 def test_no_overcommit(tmp_path: Path) -> None:
     assert list(checks_machine.check_overcommit(situation(host(tmp_path)))) == []
     write(tmp_path, {"proc/sys/vm/overcommit_memory": "2\n"})
