@@ -53,7 +53,7 @@ void load_file(Layer& layer, const std::string& path, const std::array<FileOffse
   if (is_int4(layer.config().method) && !tables) fail_argument("int4 weights need tables");
   const int8_t* const table_data =
       tables ? checked_data<int8_t>(*tables, {kNumTables, kTableLevels}, "tables") : nullptr;
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   layer.load_file(path, offsets, table_data, source);
 }
 
@@ -71,7 +71,7 @@ void load_matrices(Layer& layer, const std::array<py::array, 3>& weights, const 
         checked_weights(weights[i], {layer.config().num_experts, layout.n, layout.k}, of, name);
     stacked[i] = {data, of, nullptr, layout.n, layout.k};
   }
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   layer.load_matrices(stacked, source);
 }
 
@@ -95,7 +95,7 @@ std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& i
                         : checked_data<int32_t>(ids, routing, "ids");
   inputs.weights = checked_data<float>(weights, routing, "weights");
   std::shared_ptr<uint8_t> held = lent(out, layer.output_bytes(inputs.dtype, tokens));
-  const py::gil_scoped_release release;
+  const WithoutGil released;
   return layer.submit(inputs, std::move(held));
 }
 
@@ -103,9 +103,7 @@ std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& i
 
 void bind_layer(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
-      .def(
-          "wait", [](Job& job) { WorkerPool::wait(job); },
-          py::call_guard<py::gil_scoped_release>());
+      .def("wait", [](Job& job) { WorkerPool::wait(job); }, py::call_guard<WithoutGil>());
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::vector<std::vector<int>> cpus, int slices, const std::string& target) {

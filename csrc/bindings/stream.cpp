@@ -21,7 +21,7 @@ void bind_stream(py::module_& module) {
               fail_argument("a limit of ", seconds, " s: expected 0 to ", kYear);
             context.end_overdue(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000)));
           },
-          py::arg("seconds"), py::call_guard<py::gil_scoped_release>());
+          py::arg("seconds"), py::call_guard<WithoutGil>());
 
   py::class_<StreamLayer>(module, "StreamLayer")
       .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int, bool>(),
@@ -34,7 +34,7 @@ void bind_stream(py::module_& module) {
             const CallInputs inputs{checked_address(x, "x"), parse_activation_dtype(dtype), tokens,
                                     ExpertIds{checked_address(ids, "ids"), int64_ids},
                                     static_cast<const float*>(checked_address(weights, "weights"))};
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             layer.submit(reinterpret_cast<CudaStream>(stream), inputs);
           },
           py::arg("stream"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
@@ -43,7 +43,7 @@ void bind_stream(py::module_& module) {
           "sync",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t out) {
             auto* const to = const_cast<void*>(checked_address(out, "out"));
-            const py::gil_scoped_release release;
+            const WithoutGil released;
             layer.sync(reinterpret_cast<CudaStream>(stream), to);
           },
           py::arg("stream"), py::arg("out"));

@@ -55,7 +55,7 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   const PackedProjection out{codes.mutable_data(), index.mutable_data(), scales.mutable_data()};
   const QuantizeKernels& kernels = find_target(target).quantize;
   {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     quantize_projection(source, how, kernels, out);
   }
   py::dict packed;
@@ -84,7 +84,7 @@ Array<float> dequantize(const py::array& codes, const py::array& scales,
   Array<float> weights({n, k});
   float* out = weights.mutable_data();
   {
-    const py::gil_scoped_release release;
+    const WithoutGil released;
     dequantize_projection(layout, codes_data, index_data, scales_data, tables_data, out);
   }
   return weights;

@@ -1,12 +1,13 @@
 """A program that calls everything that the extension binds with bad arguments.
 
 A line for each call that no exception answered, then one that names what was called, and ``done``.
-It leaves a long call to the workers, as a server does that is stopped.
+It leaves a long call to the workers and a thread that waits for it, as a server that is stopped.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -322,7 +323,9 @@ def main() -> None:
     assert np.isfinite(out.view(np.float32)).all()
     x = np.ones((4000, H), np.float32)
     memory = engine.take_buffer(x.nbytes)
-    layer.submit(x, np.zeros((4000, K), np.int64), np.ones((4000, K), np.float32), memory)
+    weights = np.ones((4000, K), np.float32)
+    job = layer.submit(x, np.zeros((4000, K), np.int64), weights, memory)
+    threading.Thread(target=job.wait, daemon=True).start()
     print("done")
 
 
