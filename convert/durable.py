@@ -13,6 +13,16 @@ from kt_kernel.errors import UserError
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def write_error(path: Path, error: OSError) -> UserError:
+    """The one line for an error while ``path`` was written."""
+    if error.errno in _NO_SPACE:
+        return UserError(
+            f"no space left while writing {path}: free some and run the same command again, "
+            f"finished layers are kept"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
 @contextlib.contextmanager
 def named_write_errors(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` while writing ``path`` into the one line that a user can act on.
@@ -23,12 +33,7 @@ def named_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _NO_SPACE:
-            raise UserError(
-                f"no space left while writing {path}: free some and run the same command again, "
-                f"finished layers are kept"
-            ) from None
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise write_error(path, error) from None
 
 
 def sync_directory(path: Path) -> None:

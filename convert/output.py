@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert import locks
-from convert.durable import named_write_errors, sync_directory
+from convert.durable import named_write_errors, sync_directory, write_error
 from convert.manifest import Identity, LayerRecord, Manifest
 from convert.workers import StopRequest
 from convert.writer import CHECKSUMS_KEY, TEMPORARY_SUFFIX, file_bytes, hash_range
@@ -37,6 +37,9 @@ class OutputDirectory:
 
     Leaving removes the lock file, and the directory if it was made here and is empty.
 
+    A directory that cannot be written, on a read-only or full file system or of another user, is
+    entered without a lock: a finished output needs neither. Whatever would write then raises.
+
     Args:
         path: the directory.
         shared: lets others in that share as well; what they convert is locked layer by layer.
@@ -51,24 +54,34 @@ class OutputDirectory:
         self._lock_path = path / LOCK_NAME
         self._made: list[Path] = []
         self._fd = -1
+        self._unwritable: UserError | None = None
 
     def __enter__(self) -> OutputDirectory:
-        with named_write_errors(self.path):
-            self._make()
         try:
-            with named_write_errors(self._lock_path):
-                self._lock()
+            self._make()
+            self._lock()
+        except OSError as error:
+            is_there = not self._made and os.access(self.path, os.R_OK | os.X_OK)
+            self._remove_made()
+            # The file system's reason, and whose: a lock that another user left is in the way.
+            self._unwritable = write_error(Path(error.filename or self.path), error)
+            if not is_there:
+                raise self._unwritable from None
         except BaseException:
             self._remove_made()
             raise
         return self
 
+    def require_writable(self) -> None:
+        """Raises UserError if nothing can be written."""
+        if self._unwritable is not None:
+            raise self._unwritable
+
     def _make(self) -> None:
-        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        self._made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
-        self._made = missing
-        if missing:
-            sync_directory(missing[-1].parent)
+        if self._made:
+            sync_directory(self._made[-1].parent)
 
     def _lock(self) -> None:
         while True:
@@ -90,10 +103,13 @@ class OutputDirectory:
                 raise
             os.close(fd)
         self._fd = fd
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: only the name of the holder is missing
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def __exit__(self, *_: object) -> None:
+        if self._fd < 0:
+            return
         with contextlib.suppress(OSError):
             if locks.try_lock(self._fd, locks.DIRECTORY):  # the last one
                 self._lock_path.unlink()
@@ -103,6 +119,7 @@ class OutputDirectory:
     @contextmanager
     def manifest_lock(self) -> Iterator[None]:
         """Held while the manifest is read and replaced."""
+        self.require_writable()
         with named_write_errors(self._lock_path):
             locks.lock(self._fd, locks.MANIFEST)
         try:
@@ -113,6 +130,9 @@ class OutputDirectory:
     @contextmanager
     def layer_lock(self, layer_idx: int) -> Iterator[bool]:
         """Lock a layer if no other process has it; gives whether it did."""
+        if self._unwritable is not None:
+            yield True  # to look at
+            return
         byte = locks.layer_byte(layer_idx)
         with named_write_errors(self._lock_path):
             got = locks.try_lock(self._fd, byte)
@@ -129,6 +149,8 @@ class OutputDirectory:
 
     def remove_temporaries(self) -> None:
         """Remove what an interrupted run left half written; only for who has the directory."""
+        if self._unwritable is not None:
+            return
         with named_write_errors(self.path):
             for path in sorted(self.path.iterdir()):
                 if _TEMPORARY.match(path.name):

@@ -198,6 +198,8 @@ class _Conversion:
         if not output.shared:
             output.remove_temporaries()
         todo = self._survey(wanted)
+        if todo:
+            output.require_writable()
         finished_before = len(manifest.layers)
         needed = sum(file_bytes(identity.layout, identity.layer_metadata(idx)) for idx in todo)
         free = preflight.check_free_space(output.path, needed)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import weight_name
-from convert.durable import replace_file
+from convert.durable import named_write_errors, replace_file
 from convert.manifest import Manifest
 from kt_kernel.errors import UserError
 from kt_kernel.packed import PROJECTIONS
@@ -103,10 +104,13 @@ def check_report_path(path: Path) -> None:
     """Check that the report can be written, before the work.
 
     Raises:
-        UserError: its directory does not exist, or the name is that of a plot or a directory.
+        UserError: its directory does not exist or cannot be written, or the name is that of a plot
+            or a directory.
     """
     if not path.parent.is_dir():
         raise UserError(f"--report {path}: directory {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--report {path}: cannot write to {path.parent}, choose another directory")
     if path.is_dir() or path.suffix != ".json":
         raise UserError(f"--report {path}: expected the name of a file that ends in .json")
 
@@ -134,6 +138,7 @@ def write_report(path: Path, report: dict[str, Any]) -> str:
         axes.plot(layers, values, marker=".", label=projection)
     axes.set(xlabel="layer", ylabel="signal to noise in dB", title=summary(report).split(":")[0])
     axes.legend()
-    figure.savefig(plot, bbox_inches="tight")
+    with named_write_errors(plot):
+        figure.savefig(plot, bbox_inches="tight")
     pyplot.close(figure)
     return f"report: {path}, {plot}"
