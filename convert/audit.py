@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from convert import verify
 from convert.checkpoint import Checkpoint
-from convert.manifest import LayerRecord, Manifest, read_layers, read_manifest
+from convert.manifest import Manifest
+from convert.manifest_file import LayerRecord, read_description, read_layers, read_manifest
 from convert.output import check_sums
 from convert.pipeline import Options, chosen_layers, identify, shown_layers
 from convert.preflight import gigabytes
@@ -19,8 +19,8 @@ from convert.source_digest import read_source_digest
 from convert.workers import StopRequest, worker_pool
 from convert.writer import hash_file
 from kt_kernel.errors import UserError
+from kt_kernel.files import FileMissing
 from kt_kernel.packed import (
-    FORMAT_NAME,
     MANIFEST_NAME,
     PackedLayout,
     check_layer_header,
@@ -40,12 +40,14 @@ def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None
         UserError: something is not as it should be; says how many layers and which.
         Stopped: a stop was requested.
     """
-    path = options.output / MANIFEST_NAME
-    if not path.exists():
-        raise UserError(f"{path} does not exist: --output must be the result of a conversion")
-    layout, moe_layers, records, input_type = _read_manifest(path)
-    options = replace(options, input_type=input_type)
-    wanted = chosen_layers(options.layers, moe_layers)
+    try:
+        manifest = read_manifest(options.output / MANIFEST_NAME)
+    except FileMissing as error:
+        raise UserError(f"{error}: --output must be the result of a conversion") from None
+    description, records = read_description(manifest), read_layers(manifest)
+    layout = description.layout
+    options = replace(options, input_type=description.input_type)
+    wanted = chosen_layers(options.layers, description.moe_layers)
     with ExitStack() as stack:
         pool = worker_pool(options.threads, options.nodes)
         stack.callback(pool.shutdown)
@@ -68,28 +70,6 @@ def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None
             f"({shown_layers(bad)}): delete the layer files named above and convert again"
         )
     say(f"verified: {options.output}, {len(wanted)} layers")
-
-
-def _read_manifest(path: Path) -> tuple[PackedLayout, list[int], dict[int, LayerRecord], str]:
-    """Layout, layers, records and input type of a manifest, without a source to compare with."""
-    found: dict[str, Any] = read_manifest(path)
-    records = read_layers(path, found)
-    try:
-        model = found["model"]
-        if found["format"] != FORMAT_NAME:
-            raise ValueError(found["format"])
-        layout = PackedLayout(
-            int(model["num_experts"]),
-            int(model["hidden_size"]),
-            int(model["intermediate_size"]),
-            str(found["method"]),
-        )
-        moe_layers = [int(idx) for idx in model["moe_layers"]]
-        return layout, moe_layers, records, str(found["source"]["input_type"])
-    except (KeyError, TypeError, ValueError):
-        raise UserError(
-            f"{path} is not a manifest of this program: delete it and convert"
-        ) from None
 
 
 @dataclass

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.model_config import ModelDims, read_json, read_model_dims
+from convert.model_config import ModelDims, read_model_dims
 from kt_kernel.errors import UserError
-from kt_kernel.packed import PROJECTIONS, Header, TensorEntry, read_header
+from kt_kernel.files import FileMissing, open_regular, read_fields, read_file, read_start, shown
+from kt_kernel.packed import LARGEST_HEADER, PROJECTIONS, Header, TensorEntry, read_header
 
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,7 +39,9 @@ RAW_BITS = {
     "I64": np.int64,
 }
 
-_EXPERT_NAME = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(.+)$")
+_EXPERT_NAME = re.compile(r"model\.layers\.([0-9]+)\.mlp\.experts\.([0-9]+)\.(.+)", re.DOTALL)
+#: More digits than any index has, and fewer than Python refuses to read.
+_DIGITS = 18
 
 
 def weight_name(layer_idx: int, expert: int, projection: str) -> str:
@@ -53,8 +56,8 @@ def scale_name(layer_idx: int, expert: int, projection: str) -> str:
 
 def parse_expert_name(name: str) -> tuple[int, int, str] | None:
     """(layer, expert, rest of the name) of a routed expert's tensor, None for any other tensor."""
-    match = _EXPERT_NAME.match(name)
-    return (int(match[1]), int(match[2]), match[3]) if match else None
+    match = _EXPERT_NAME.fullmatch(name)
+    return (int(match[1][:_DIGITS]), int(match[2][:_DIGITS]), match[3]) if match else None
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,12 @@ class Checkpoint:
         if not self.path.is_dir():
             raise UserError(f"--input-path {self.path} is not a directory: expected a checkpoint's")
         self.config_path = self.path / CONFIG_NAME
-        if not self.config_path.exists():
+        try:
+            self.dims: ModelDims = read_model_dims(self.config_path)
+        except FileMissing as error:
             raise UserError(
-                f"{self.config_path} does not exist: --input-path must be the directory of a "
-                f"downloaded checkpoint"
-            )
-        self.dims: ModelDims = read_model_dims(self.config_path)
+                f"{error}: --input-path must be the directory of a downloaded checkpoint"
+            ) from None
         self.index_path = self.path / INDEX_NAME
         self._headers: dict[str, Header] = {}
         self._weight_map = self._read_weight_map()
@@ -129,32 +132,32 @@ class Checkpoint:
                 f"{self.path} has neither {INDEX_NAME} nor {SINGLE_NAME}: download the checkpoint "
                 f"to the end first"
             )
-        weight_map = read_json(self.index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
+        index = read_fields(self.index_path, LARGEST_HEADER, "download it again")
+        weight_map = index.texts("weight_map", {})
+        if not weight_map:
             raise UserError(f"{self.index_path} has no weight_map: download it again")
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if Path(shard).name != shard or shard == "..":
                 raise UserError(
-                    f"{self.index_path}: {name} is in {shard!r}, expected the name of a file in "
-                    f"the same directory"
+                    f"{self.index_path}: {name} is in {shown(shard)}, expected the name of a file "
+                    f"in the same directory"
                 )
         self._shards = sorted(set(weight_map.values()))
         return weight_map
 
     def _read_shard_header(self, shard: str) -> Header:
         path = self.path / shard
-        if not path.exists():
-            named_in = f", but {INDEX_NAME} names it" if self.index_path.exists() else ""
-            raise UserError(f"{path} does not exist{named_in}: run the download again")
         try:
             header = read_header(path)
+        except FileMissing as error:
+            named_in = f", but {INDEX_NAME} names it" if self.index_path.exists() else ""
+            raise UserError(f"{error}{named_in}: run the download again") from None
         except UserError as error:
             raise UserError(f"{error} (a shard of the checkpoint: download it again)") from None
-        end = max((entry.end for entry in header.tensors.values()), default=header.data_start)
-        if header.file_size != end:
+        if header.file_size != header.data_end:
             raise UserError(
-                f"{path} has {header.file_size} bytes, its header describes {end}: download it "
-                f"again"
+                f"{path} has {header.file_size} bytes, its header describes {header.data_end}: "
+                f"download it again"
             )
         return header
 
@@ -203,14 +206,14 @@ class Checkpoint:
     def fetch(self, name: str) -> None:
         """Let the kernel begin to read a tensor that is wanted soon."""
         entry = self.entry(name)
-        with contextlib.suppress(OSError):  # advice only: reading says what is wrong
+        with contextlib.suppress(OSError, UserError):  # advice only: reading says what is wrong
             fd = self._file(self._weight_map[name])
             os.posix_fadvise(fd, entry.begin, entry.end - entry.begin, os.POSIX_FADV_WILLNEED)
 
     def drop(self, name: str) -> None:
         """Let the kernel forget a tensor: the page cache is wanted for what comes next."""
         entry = self.entry(name)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):
             fd = self._file(self._weight_map[name])
             os.posix_fadvise(fd, entry.begin, entry.end - entry.begin, os.POSIX_FADV_DONTNEED)
 
@@ -243,7 +246,7 @@ class Checkpoint:
     def _file(self, shard: str) -> int:
         with self._files_lock:
             if shard not in self._files:
-                self._files[shard] = os.open(self.path / shard, os.O_RDONLY | os.O_CLOEXEC)
+                self._files[shard] = open_regular(self.path / shard)
             return self._files[shard]
 
     def fingerprint(self) -> str:
@@ -271,13 +274,12 @@ class Checkpoint:
 
     def _identifying_parts(self) -> Iterator[tuple[str, int | None, bytes]]:
         """Name of each file, its size if it is a shard, and its bytes, of a shard the header's."""
-        yield CONFIG_NAME, None, self.config_path.read_bytes()
+        yield CONFIG_NAME, None, read_file(self.config_path)
         if self.index_path.exists():
-            yield INDEX_NAME, None, self.index_path.read_bytes()
+            yield INDEX_NAME, None, read_file(self.index_path, LARGEST_HEADER)
         for shard in self.shards:
             header = self._headers[shard]
-            with (self.path / shard).open("rb") as file:
-                yield shard, header.file_size, file.read(header.data_start)
+            yield shard, header.file_size, read_start(self.path / shard, header.data_start)
 
     def layer_tensors(self, layer_idx: int, input_type: str) -> dict[str, list[str]]:
         """Shard -> the tensors of a layer's routed experts that it holds, in file order."""
@@ -293,15 +295,17 @@ class Checkpoint:
         Raises:
             UserError: the download stage says that it is not finished.
         """
-        marker = self.path / DOWNLOAD_MARKER
-        if not marker.exists():
+        try:
+            recorded = read_fields(self.path / DOWNLOAD_MARKER, advice="run the download again")
+        except FileMissing:
             return {}
-        recorded = read_json(marker)
-        if recorded.get("complete") is False:
+        if not recorded.flag("complete", True):
             raise UserError(
-                f"the download of {self.path} is not finished, {marker} says: run it again first"
+                f"the download of {self.path} is not finished, {self.path / DOWNLOAD_MARKER} "
+                f"says: run it again first"
             )
-        return {key: str(recorded[key]) for key in ("repo_id", "revision") if recorded.get(key)}
+        origin = {key: recorded.text(key, "") for key in ("repo_id", "revision")}
+        return {key: value for key, value in origin.items() if value}
 
     def expert_projections(self, layer_idx: int, input_type: str) -> list[ExpertProjection]:
         """Every routed expert's projections of a layer, in the order they lie in the shards."""

@@ -15,12 +15,12 @@ from convert.pipeline import Options, convert_checkpoint
 from convert.preflight import INPUT_DTYPES
 from convert.progress import Progress
 from convert.workers import Stopped, StopRequest, default_thread_count, node_cpus
-from kt_kernel.errors import UserError
+from kt_kernel.errors import UserError, describe
 from kt_kernel.packed import METHODS
 
 _DESCRIPTION = """\
 Convert the routed experts of a DeepSeek V3 family checkpoint to packed INT4 or INT8 files that
-kt_kernel maps into memory. Needs no GPU. Experts of MTP layers, shared experts and dense layers
+kt_kernel reads into memory. Needs no GPU. Experts of MTP layers, shared experts and dense layers
 stay as they are, in the checkpoint. Interrupted at any moment (kill -9 too), the same command goes
 on with the first unfinished layer.
 """
@@ -178,9 +178,10 @@ def main(
                 verify_output(options, stop, progress.say)
             else:
                 convert_checkpoint(options, stop, progress, on_layers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        on_failure(str(error))
+    except (UserError, OSError) as error:
+        reason = describe(error) if isinstance(error, OSError) else str(error)
+        print(f"error: {reason}", file=sys.stderr)
+        on_failure(reason)
         return 2
     except Stopped as stopped:
         finished = f"{stopped.finished} are finished and kept; " if stopped.finished else ""

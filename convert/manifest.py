@@ -7,7 +7,6 @@ lock.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from convert.durable import replace_file
-from convert.model_config import read_json
+from convert.manifest_file import (
+    DIGEST_KEY,
+    Damaged,
+    Description,
+    LayerRecord,
+    digest_of,
+    read_description,
+    read_layers,
+    read_manifest,
+)
 from convert.writer import BLANK_DIGEST, SOURCE_KEY
 from kt_kernel.errors import UserError
-from kt_kernel.packed import FORMAT_NAME, FORMAT_VERSION, MANIFEST_NAME, PackedLayout
-
-#: Key of the manifest's own SHA-256, over the JSON of all other keys.
-DIGEST_KEY = "manifest_sha256"
+from kt_kernel.files import FileMissing, read_file
+from kt_kernel.packed import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    PackedLayout,
+    layer_file_name,
+    read_header,
+)
 
 
 @dataclass(frozen=True)
@@ -87,25 +100,6 @@ class Identity:
         }
 
 
-@dataclass(frozen=True)
-class LayerRecord:
-    """A finished layer.
-
-    Attributes:
-        file: name of its file.
-        bytes: size of the file.
-        sha256: of the whole file.
-        source: shard -> digest of the bytes that the layer was made from.
-        errors: ``expert.projection`` -> relative Frobenius error, of the sampled matrices.
-    """
-
-    file: str
-    bytes: int
-    sha256: str
-    source: Mapping[str, str]
-    errors: Mapping[str, float]
-
-
 class Manifest:
     """The manifest of one output directory; every change is durable at once.
 
@@ -126,21 +120,42 @@ class Manifest:
         self._locked = locked
         self.layers: dict[int, LayerRecord] = {}
 
-    def load(self) -> None:
+    def load(self) -> str:
         """Take what the file says, if there is one.
 
+        A damaged one counts as none where the layer files show that it is this program's: they
+        say what it said.
+
+        Returns:
+            What is wrong with the file; empty if nothing is.
+
         Raises:
-            UserError: the directory holds something else; names both, or the file is damaged.
+            UserError: the directory holds something else; names both.
         """
-        if not self.path.exists():
-            self.layers = {}
-            return
-        found = read_manifest(self.path)
-        self.layers = read_layers(self.path, found)
+        self.layers = {}
         try:
-            _check_same(self.path, found, self.identity)
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise _not_a_manifest(self.path) from None
+            found = read_manifest(self.path)
+            layers = read_layers(found)
+            _check_same(self.path, read_description(found), self.identity)
+        except FileMissing:
+            return ""
+        except Damaged as damage:
+            if self._has_layer_files():
+                return damage.reason
+            raise
+        self.layers = layers
+        return ""
+
+    def _has_layer_files(self) -> bool:
+        """Whether a layer file of this conversion lies beside the manifest."""
+        for layer_idx in self.identity.moe_layers:
+            try:
+                header = read_header(self.path.parent / layer_file_name(layer_idx))
+            except UserError:
+                continue
+            if header.metadata.get("source_fingerprint") == self.identity.fingerprint:
+                return True
+        return False
 
     @property
     def complete(self) -> bool:
@@ -154,7 +169,7 @@ class Manifest:
             "complete": self.complete,
             "layers": {str(idx): asdict(record) for idx, record in sorted(self.layers.items())},
         }
-        whole[DIGEST_KEY] = _digest(whole)
+        whole[DIGEST_KEY] = digest_of(whole)
         return (json.dumps(whole, indent=1) + "\n").encode()
 
     def update(
@@ -167,115 +182,58 @@ class Manifest:
                 self.layers.pop(layer_idx, None)
             self.layers.update(add or {})
             content = self.content()
-            if self.path.exists():
-                if self.path.read_bytes() != content:
-                    replace_file(self.path, content)
-            elif self.layers:
+            try:
+                current = read_file(self.path)
+            except FileMissing:
+                current = None
+            if current != content and (current is not None or self.layers):
                 replace_file(self.path, content)
 
 
-def _digest(manifest: dict[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != DIGEST_KEY}
-    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Parse a manifest and check it against its digest.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        found = read_json(path)
-    except UserError:
-        raise _not_a_manifest(path) from None
-    if DIGEST_KEY in found and found[DIGEST_KEY] != _digest(found):
+def _check_same(path: Path, found: Description, identity: Identity) -> None:
+    if found.layout.method != identity.layout.method:
         raise UserError(
-            f"{path} has changed since it was written: delete it, finished layers are recognised "
-            f"without it"
+            f"{path.parent} holds {found.layout.method} weights, --quant-method is "
+            f"{identity.layout.method}: choose another --output for them"
         )
-    return found
-
-
-def read_layers(path: Path, found: dict[str, Any]) -> dict[int, LayerRecord]:
-    """The records of a parsed manifest.
-
-    Raises:
-        UserError: it is not a manifest of this program.
-    """
-    try:
-        return {
-            int(index): LayerRecord(
-                file=str(record["file"]),
-                bytes=int(record["bytes"]),
-                sha256=str(record["sha256"]),
-                source={str(k): str(v) for k, v in record.get("source", {}).items()},
-                errors={str(k): float(v) for k, v in record.get("errors", {}).items()},
-            )
-            for index, record in found["layers"].items()
-        }
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _not_a_manifest(path) from None
-
-
-def _not_a_manifest(path: Path) -> UserError:
-    return UserError(
-        f"{path} is not a manifest of this program: choose another --output, or delete it; "
-        f"finished layers are recognised without it"
-    )
-
-
-def _check_same(path: Path, found: dict[str, Any], identity: Identity) -> None:
-    wanted = identity.describe()
-    if found["format"] != wanted["format"]:
-        raise ValueError(found["format"])
-    if found["method"] != wanted["method"]:
-        raise UserError(
-            f"{path.parent} holds {found['method']} weights, --quant-method is "
-            f"{wanted['method']}: choose another --output for them"
-        )
-    if found["source"]["fingerprint"] != wanted["source"]["fingerprint"]:
+    if found.fingerprint != identity.fingerprint:
+        changed = changed_files(found, identity.files)
         raise UserError(
             f"{path.parent} holds the weights of another checkpoint, "
-            f"{_name_source(found)}, the source is {_name_source(wanted)}"
-            f"{_name_files(found, identity)}: choose another --output or delete this one"
+            f"{_name_source(found)}, the source is {_name_source(identity)}"
+            f"{f'; what differs is {changed}' if changed else ''}: choose another --output or "
+            f"delete this one"
         )
-    for key in ("format_version", "quantizer", "model"):
-        if found[key] != wanted[key]:
+    for key in ("quantizer", "layout", "model_type", "moe_layers"):
+        theirs, ours = getattr(found, key), getattr(identity, key)
+        if theirs != ours:
             raise UserError(
-                f"{path.parent} was made with {key} {json.dumps(found[key])}, this run has "
-                f"{json.dumps(wanted[key])}: choose another --output or delete this one"
+                f"{path.parent} was made with {key} {theirs}, this run has {ours}: choose another "
+                f"--output or delete this one"
             )
 
 
-def _name_source(description: dict[str, Any]) -> str:
+def _name_source(of: Description | Identity) -> str:
     """A checkpoint in a few words: where it came from, or its dimensions, and its fingerprint."""
-    source, model = description["source"], description["model"]
-    if "repo_id" in source:
-        name = f"{source['repo_id']} at {source.get('revision', 'an unknown revision')}"
+    if "repo_id" in of.origin:
+        name = f"{of.origin['repo_id']} at {of.origin.get('revision', 'an unknown revision')}"
     else:
         name = (
-            f"{model['model_type']} with {len(model['moe_layers'])} MoE layers of "
-            f"{model['num_experts']} experts, hidden size {model['hidden_size']}"
+            f"{of.model_type} with {len(of.moe_layers)} MoE layers of {of.layout.num_experts} "
+            f"experts, hidden size {of.layout.hidden_size}"
         )
-    return f"{name} (fingerprint {source['fingerprint'][:12]})"
+    return f"{name} (fingerprint {of.fingerprint[:12]})"
 
 
-def _name_files(found: dict[str, Any], identity: Identity) -> str:
-    changed = changed_files(found, identity.files)
-    return f"; what differs is {changed}" if changed else ""
-
-
-def changed_files(found: dict[str, Any], files: dict[str, str]) -> str:
-    """The files by which a source differs from a parsed manifest's; empty if the lists differ.
+def changed_files(found: Description, files: dict[str, str]) -> str:
+    """The files by which a source differs from a manifest's; empty if the lists differ.
 
     Args:
-        found: the manifest.
+        found: what the manifest says.
         files: :meth:`convert.checkpoint.Checkpoint.file_digests` of the source.
     """
-    recorded = found["source"].get("files", {})
-    if recorded.keys() != files.keys():
+    if found.files.keys() != files.keys():
         return ""
-    differ = [name for name, digest in files.items() if recorded[name] != digest]
+    differ = [name for name, digest in files.items() if found.files[name] != digest]
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
     return ", ".join(differ[:3]) + more

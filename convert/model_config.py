@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kt_kernel.errors import UserError
+from kt_kernel.files import Fields, read_fields
 
 #: DeepSeek V3's FP8 scheme and the only one the extension dequantises: one scale per 128 x 128.
 FP8_BLOCK = (128, 128)
+#: Sizes that no model comes near: a config beyond is damaged, and would take memory and time.
+MOST_LAYERS, MOST_EXPERTS, LARGEST_SIZE = 10_000, 65_536, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -59,66 +61,42 @@ class ModelDims:
         return [idx for idx in range(self.num_layers) if self.is_moe_layer(idx)]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        UserError: the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
-    return value
-
-
 def read_model_dims(path: Path) -> ModelDims:
-    """Read ``config.json``.
+    """Read ``config.json``. As in the libraries that write it, null is the same as no field.
 
     Raises:
         UserError: a field is missing or has a value this program cannot work with; the message
             names the file and the field.
     """
-    config = read_json(path)
+    config = read_fields(path, advice="download it again")
 
-    def integer(name: str, minimum: int, default: int | None = None) -> int:
-        value = config.get(name, default)
-        if value is None:
+    def integer(name: str, minimum: int, maximum: int, default: int | None = None) -> int:
+        if default is None and not config.has(name):
             raise UserError(
                 f"{path} has no {name}: expected the config of a mixture-of-experts model of the "
                 f"DeepSeek V3, Kimi K2, GLM-4.5 or Qwen3-MoE family"
             )
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise UserError(f"{path}: {name} is {value!r}, expected an integer >= {minimum}")
-        return value
+        return config.integer(name, minimum, maximum, default)
 
-    quantization = config.get("quantization_config")
-    block = quantization.get("weight_block_size") if isinstance(quantization, dict) else None
+    # Quantised or not, the conversion reads the weights; of a scheme it knows it needs more.
+    quantization = config.inner("quantization_config", optional=True)
+    block = quantization.integers("weight_block_size", default=[])
     # Qwen has its own names for the same things; DeepSeek's, Kimi's and GLM's are alike.
-    qwen = "n_routed_experts" not in config and "num_experts" in config
+    qwen = not config.has("n_routed_experts") and config.has("num_experts")
     experts_key = "num_experts" if qwen else "n_routed_experts"
     frequency_key = "decoder_sparse_step" if qwen else "moe_layer_freq"
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(idx, int) for idx in dense):
-        raise UserError(f"{path}: mlp_only_layers is {dense!r}, expected a list of integers")
     dims = ModelDims(
-        model_type=str(config.get("model_type", "unknown")),
-        num_layers=integer("num_hidden_layers", 1),
-        first_dense=integer("first_k_dense_replace", 0, 0),
-        moe_layer_freq=integer(frequency_key, 1, 1),
-        num_experts=integer(experts_key, 1),
+        model_type=config.text("model_type", "unknown"),
+        num_layers=integer("num_hidden_layers", 1, MOST_LAYERS),
+        first_dense=integer("first_k_dense_replace", 0, MOST_LAYERS, 0),
+        moe_layer_freq=integer(frequency_key, 1, MOST_LAYERS, 1),
+        num_experts=integer(experts_key, 1, MOST_EXPERTS),
         experts_key=experts_key,
-        hidden_size=integer("hidden_size", 1),
-        intermediate_size=integer("moe_intermediate_size", 1),
-        fp8_block=tuple(block) if isinstance(block, list) else None,
+        hidden_size=integer("hidden_size", 1, LARGEST_SIZE),
+        intermediate_size=integer("moe_intermediate_size", 1, LARGEST_SIZE),
+        fp8_block=tuple(block) if block else None,
         int4_scheme=_int4_scheme(quantization),
-        dense_layers=frozenset(dense),
+        dense_layers=frozenset(config.integers("mlp_only_layers", MOST_LAYERS, [])),
         counted_from=1 if qwen else 0,
     )
     if not dims.moe_layers():
@@ -129,15 +107,13 @@ def read_model_dims(path: Path) -> ModelDims:
     return dims
 
 
-def _int4_scheme(quantization: object) -> dict[str, Any]:
+def _int4_scheme(quantization: Fields) -> dict[str, Any]:
     """The ``weights`` of compressed-tensors' only group with its ``format``; empty if not that."""
-    if not isinstance(quantization, dict):
+    groups = quantization.inner("config_groups", optional=True)
+    if len(groups.values) != 1:
         return {}
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        return {}
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
+    ((_, group),) = groups.each()
+    weights = group.inner("weights", optional=True)
     # The format stands in the group in newer files, and beside the groups in all.
-    found = (group.get("format") or quantization.get("format")) if weights else None
-    return {**weights, "format": found} if isinstance(weights, dict) else {}
+    found = group if group.has("format") else quantization
+    return {**weights.values, "format": found.text("format", "")} if weights.values else {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import time
 from collections.abc import Callable, Collection, Generator
@@ -14,15 +13,15 @@ from pathlib import Path
 
 from convert import preflight, quantize, verify
 from convert.checkpoint import Checkpoint
-from convert.manifest import Identity, LayerRecord, Manifest, changed_files
-from convert.model_config import read_json
+from convert.manifest import Identity, Manifest, changed_files
+from convert.manifest_file import LayerRecord, read_description, read_manifest
 from convert.output import OutputDirectory
 from convert.preflight import gigabytes
 from convert.progress import Progress
 from convert.report import Cost, check_report_path, make_report, summary, write_report
 from convert.source_digest import SourceDigest, read_source_digest
 from convert.workers import Stopped, StopRequest, run_all, worker_pool
-from convert.writer import SOURCE_KEY, TEMPORARY_SUFFIX, LayerWriter, file_bytes
+from convert.writer import SOURCE_KEY, TEMPORARY_SUFFIX, LayerWriter, file_bytes, read_digests
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
 from kt_kernel.packed import MANIFEST_NAME, PROJECTIONS, layer_file_name, read_header
@@ -67,9 +66,9 @@ def identify(checkpoint: Checkpoint, input_type: str, method: str, output: Path)
         preflight.check_source(checkpoint, input_type, layout)
     except UserError as error:
         try:
-            found = read_json(output / MANIFEST_NAME)
+            found = read_description(read_manifest(output / MANIFEST_NAME))
             changed = changed_files(found, checkpoint.file_digests())
-        except (UserError, KeyError, AttributeError):
+        except UserError:
             changed = ""
         if not changed:
             raise
@@ -193,8 +192,10 @@ class _Conversion:
         """Bring every wanted layer to its end, here or in another process that has it."""
         identity, output, manifest = self.manifest.identity, self.output, self.manifest
         total = len(identity.moe_layers)
-        manifest.load()
+        damage = manifest.load()
         output.check_files(identity)
+        if damage:
+            self.say(f"{damage}; making it again from the layer files")
         if not output.shared:
             output.remove_temporaries()
         todo = self._survey(wanted)
@@ -323,7 +324,7 @@ class _Conversion:
             path, layer_idx, layout, self.checkpoint, self.options.input_type, self.pool, self.stop
         )
         header = read_header(path)
-        source = json.loads(header.metadata[SOURCE_KEY])
+        source = read_digests(header, SOURCE_KEY)
         return LayerRecord(
             path.name.removesuffix(TEMPORARY_SUFFIX), header.file_size, sha256, source, errors
         )

@@ -7,7 +7,6 @@ would stop a conversion after hours is found in seconds.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from kt_kernel.packed import PROJECTIONS, PackedLayout
 INPUT_DTYPES = {"fp8": "F8_E4M3", "bf16": "BF16", "fp16": "F16", "int4": "I32"}
 #: Weights of a group of compressed-tensors' int4 that have one scale.
 INT4_GROUPS = (32, 64, 128)
-#: Bytes of an element of a safetensors dtype.
-_DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 def packed_layout(checkpoint: Checkpoint, method: str) -> PackedLayout:
@@ -113,19 +110,23 @@ def _int4_group(checkpoint: Checkpoint) -> int:
         "strategy": "group",
         "actorder": None,
     }
+    # What compressed-tensors takes for a field that is absent, when there is a group size.
+    absent = {"type": "int", "symmetric": True, "strategy": "group"}
     for key, value in expected.items():
-        if found.get(key) != value:
+        given = found.get(key)
+        # It takes false for no actorder, as for null.
+        if (absent.get(key) if given is None else given) not in (value, value or False):
             raise UserError(
                 f"{checkpoint.config_path}: quantization_config of the experts has {key} "
-                f"{json.dumps(found.get(key))}, expected {json.dumps(value)}: no other scheme of "
+                f"{json.dumps(given)}, expected {json.dumps(value)}: no other scheme of "
                 f"compressed-tensors is supported"
             )
-    if group not in INT4_GROUPS:
+    if type(group) is not int or group not in INT4_GROUPS:
         raise UserError(
             f"{checkpoint.config_path}: quantization_config has group_size {json.dumps(group)}, "
             f"expected one of {', '.join(map(str, INT4_GROUPS))}"
         )
-    return int(group)
+    return group
 
 
 def scale_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -157,12 +158,6 @@ def _check_tensor(
         raise UserError(
             f"{checkpoint.shard_of(name)}: {name} has shape {_json_list(entry.shape)}, expected "
             f"{_json_list(shape)}: the checkpoint does not fit its config.json"
-        )
-    nbytes = math.prod(shape) * _DTYPE_BYTES[entry.dtype]
-    if entry.end - entry.begin != nbytes:
-        raise UserError(
-            f"{checkpoint.shard_of(name)}: {name} spans {entry.end - entry.begin} bytes, expected "
-            f"{nbytes}: download this shard again"
         )
 
 

@@ -7,6 +7,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from kt_kernel.errors import one_line
+
 
 class Progress:
     """Context manager; lines go to stdout, the bar to stderr if that is a terminal."""
@@ -16,6 +18,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line, above the bar."""
+        line = one_line(line)  # names of files may hold what stdout cannot write
         if self._bar is None:
             print(line, flush=True)
         else:

@@ -22,7 +22,9 @@ import numpy as np
 
 from convert.durable import named_write_errors, sync_directory, write_fully
 from convert.workers import StopRequest, run_all
-from kt_kernel.packed import PackedLayout, header_bytes
+from kt_kernel.errors import UserError
+from kt_kernel.files import Fields, parse_json
+from kt_kernel.packed import Header, PackedLayout, header_bytes
 
 TEMPORARY_SUFFIX = ".tmp"
 #: Metadata key of the checksums: JSON, tensor name -> SHA-256 of the tensor's bytes.
@@ -49,6 +51,19 @@ def file_bytes(layout: PackedLayout, metadata: dict[str, str]) -> int:
     blank = dict.fromkeys(layout.tensors(), BLANK_DIGEST)
     data = sum(spec.nbytes for spec in layout.tensors().values())
     return len(layer_header(layout, metadata, blank)) + data
+
+
+def read_digests(header: Header, key: str) -> dict[str, str]:
+    """What a layer file's metadata says under ``CHECKSUMS_KEY`` or ``SOURCE_KEY``.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        found = parse_json(header.metadata.get(key, ""))
+        return Fields({key: found}, str(header.path)).texts(key)
+    except (ValueError, UserError):
+        raise UserError(f"{header.path}: {key} in its metadata is damaged") from None
 
 
 def hash_range(fd: int, begin: int, end: int, stop: StopRequest) -> str:

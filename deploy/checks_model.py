@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from convert.checkpoint import Checkpoint
-from convert.model_config import ModelDims, read_json
+from convert.manifest_file import (
+    Damaged,
+    Description,
+    OtherVersion,
+    read_description,
+    read_layers,
+    read_manifest,
+)
 from deploy.checks import Result, Situation, Status
 from deploy.marker import file_size, read_marker
 from kt_kernel.errors import UserError
-from kt_kernel.packed import FORMAT_VERSION, KT_METHODS, MANIFEST_NAME, SERVED_AS
+from kt_kernel.files import FileMissing
+from kt_kernel.packed import KT_METHODS, MANIFEST_NAME, SERVED_AS
 
 DOWNLOAD = "run `python entrypoint.py download`"
 CONVERT = "run `python entrypoint.py convert`"
@@ -61,43 +68,42 @@ def check_weights(situation: Situation) -> Iterator[Result]:
     if not path.is_dir():
         yield fail("no such directory", f"{CONVERT} or set KT_WEIGHT_PATH")
         return
-    if not (path / MANIFEST_NAME).is_file():
-        yield fail(f"no {MANIFEST_NAME}", f"{CONVERT} or set KT_WEIGHT_PATH")
-        return
     try:
-        manifest = read_json(path / MANIFEST_NAME)
-        found = str(manifest["method"])
-        other = SERVED_AS.get(found)
-        if other != method:
-            yield fail(
-                f"{found} weights",
-                (f"set KT_METHOD={other} or " if other else "")
-                + f"convert with KT_QUANT_METHOD={KT_METHODS[method]} to another KT_WEIGHT_PATH",
-            )
-            return
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            yield fail(
-                f"weights in version {version} of the format, this program reads {FORMAT_VERSION}",
-                "delete them and convert again",
-            )
-            return
-        layers = manifest["layers"]
-        if not manifest["complete"]:
-            wanted = len(manifest["model"]["moe_layers"])
-            yield fail(f"{len(layers)} of {wanted} layers", f"{CONVERT} to finish them")
-            return
+        # Loading does not depend on it, and each layer file is checked by its own header.
+        found = read_manifest(path / MANIFEST_NAME, check_digest=False)
+        manifest, layers = read_description(found), read_layers(found)
+        complete = found.flag("complete")
         damaged = [
-            str(layer["file"])
-            for layer in layers.values()
-            if file_size(path / layer["file"]) != layer["bytes"]
+            record.file
+            for record in layers.values()
+            if file_size(path / record.file) != record.bytes
         ]
         difference = _difference(manifest, situation.model_path)
-    except (KeyError, TypeError, AttributeError):
-        yield fail(f"a {MANIFEST_NAME} of another program", "set KT_WEIGHT_PATH")
+    except FileMissing:
+        yield fail(f"no {MANIFEST_NAME}", f"{CONVERT} or set KT_WEIGHT_PATH")
+        return
+    except OtherVersion as error:
+        yield fail(error.reason, "delete them and convert again")
+        return
+    except Damaged as error:
+        yield fail(error.reason, f"{CONVERT}, which makes it again")
         return
     except UserError as error:
         yield fail(str(error), "mend that first")
+        return
+    held = manifest.layout.method
+    other = SERVED_AS[held]
+    if other != method:
+        yield fail(
+            f"{held} weights",
+            f"set KT_METHOD={other} or convert with KT_QUANT_METHOD={KT_METHODS[method]} to "
+            f"another KT_WEIGHT_PATH",
+        )
+        return
+    if not complete or set(layers) != set(manifest.moe_layers):
+        yield fail(
+            f"{len(layers)} of {len(manifest.moe_layers)} layers", f"{CONVERT} to finish them"
+        )
         return
     if damaged:
         yield fail(f"{_some(damaged)} missing or of another size", f"{CONVERT} to repair them")
@@ -110,36 +116,31 @@ def check_weights(situation: Situation) -> Iterator[Result]:
         yield Result("weights", Status.PASS, expected, f"{len(layers)} layers of this model")
 
 
-def _difference(manifest: dict[str, Any], model_path: Path) -> str | None:
-    """How the model that the weights were made from differs from the one to serve."""
+def _difference(manifest: Description, model_path: Path) -> str | None:
+    """How the weights differ from the model; None if they do not, or if there is no model."""
     if not (model_path / "config.json").is_file():
         return None  # the model's own check reports that
     marker = read_marker(model_path)
-    source = manifest["source"]
-    if marker is not None and source.get("repo_id", marker.repo_id) != marker.repo_id:
-        return f"{source['repo_id']} instead of {marker.repo_id}"
+    theirs = manifest.origin.get("repo_id")
+    if marker is not None and theirs is not None and theirs != marker.repo_id:
+        return f"{theirs} instead of {marker.repo_id}"
     try:
         with Checkpoint(model_path) as checkpoint:
             dims, fingerprint = checkpoint.dims, checkpoint.fingerprint()
     except UserError:
         return None  # the model's own check reports that
-    for name, ours in _dimensions(dims).items():
-        theirs = manifest["model"][name]
-        if theirs != ours:
-            return f"{name} {json.dumps(theirs)} instead of {json.dumps(ours)}"
-    if source["fingerprint"] != fingerprint:
+    layout = manifest.layout
+    for name, found, wanted in (
+        ("hidden_size", layout.hidden_size, dims.hidden_size),
+        ("intermediate_size", layout.intermediate_size, dims.intermediate_size),
+        ("num_experts", layout.num_experts, dims.num_experts),
+        ("moe_layers", list(manifest.moe_layers), dims.moe_layers()),
+    ):
+        if found != wanted:
+            return f"{name} {json.dumps(found)} instead of {json.dumps(wanted)}"
+    if manifest.fingerprint != fingerprint:
         return "same sizes but other tensors or another config.json"
     return None
-
-
-def _dimensions(dims: ModelDims) -> dict[str, object]:
-    """Dimensions as the manifest names them."""
-    return {
-        "hidden_size": dims.hidden_size,
-        "intermediate_size": dims.intermediate_size,
-        "num_experts": dims.num_experts,
-        "moe_layers": dims.moe_layers(),
-    }
 
 
 def _some(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from deploy.errors import messages_of
 from deploy.setting import AUTO, SECTIONS, STAGES, Setting
 from deploy.settings import BY_NAME, TABLE
 from deploy.state import STATEFUL, StageState, run_directory
-from kt_kernel.errors import UserError
+from kt_kernel.errors import UserError, describe
 
 DESCRIPTION = "Download, convert and serve DeepSeek V3.2 with its experts on the CPU."
 STAGE_HELP = {
@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         state = _open_state(args, config["KT_RUN_DIR"])
         return _run(args, config, state)
-    except UserError as error:
-        messages = messages_of(error)
+    except (UserError, OSError) as error:
+        messages = messages_of(error) if isinstance(error, UserError) else [describe(error)]
         for message in messages:
             print(f"error: {message}", file=sys.stderr)
         if state is not None:

@@ -14,6 +14,7 @@ from deploy.errors import UserErrors
 from deploy.setting import AUTO, PREFIX, Setting
 from deploy.settings import BY_NAME, SECRETS, TABLE, is_for, is_known, known_names
 from deploy.value_types import BadValue
+from kt_kernel.files import read_stream
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def shorten(text: str, most: int = 200) -> str:
 
 def _read_secret(setting: Setting, file: str, where: str) -> str:
     try:
-        text = Path(file).read_text("utf-8").strip()
+        text = read_stream(Path(file)).decode("utf-8").strip()
     except OSError as error:
         raise ValueError(
             f"{where}{setting.file_name}: cannot read {file}: {error.strerror}"
@@ -155,6 +156,8 @@ def _read_secret(setting: Setting, file: str, where: str) -> str:
         raise ValueError(f"{where}{setting.file_name}: {file} is not a text file") from None
     if not text:
         raise ValueError(f"{where}{setting.file_name}: {file} is empty")
+    if not text.isprintable():
+        raise ValueError(f"{where}{setting.file_name}: {file} holds more than one line of text")
     return text
 
 

@@ -8,7 +8,6 @@ file is there (see ``marker.py``).
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, TypeGuard
 
 from deploy.config import Config, export
-from deploy.marker import Marker, RepoFile, file_size, read_marker, stamp
+from deploy.marker import Marker, MarkerDamaged, RepoFile, file_size, read_marker, stamp
 from deploy.progress import ProgressLines, gigabytes
 from deploy.report import say
 from deploy.retries import HubUnreachable, with_retries
@@ -27,6 +26,8 @@ from deploy.state import DONE, StageState
 from deploy.unfinished import bytes_present, partial_path, unfinished_files
 from deploy.verify import Verifier
 from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
+from kt_kernel.packed import LARGEST_HEADER
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -54,7 +55,11 @@ def run(config: Config, state: StageState) -> int:
     hub_http.prepare_client()
     directory = config.path("KT_MODEL_PATH")
     repo_id, requested = config.text("KT_MODEL_ID"), config.text("KT_MODEL_REVISION")
-    marker = read_marker(directory)
+    try:
+        marker = read_marker(directory)
+    except MarkerDamaged as error:
+        say(f"warning: {error.reason}: making it again, finished files are recognised")
+        marker = None
     if marker is not None and marker.repo_id != repo_id:
         raise UserError(
             f"{directory} holds {marker.repo_id}, KT_MODEL_ID is {repo_id}: set KT_MODEL_PATH to "
@@ -212,10 +217,10 @@ class _Download:
     def _read_shards(self) -> set[str]:
         path = self._directory / self._hub.INDEX_NAME
         try:
-            shards = set(json.loads(path.read_bytes())["weight_map"].values())
-            if not shards or not all(isinstance(s, str) and Path(s).name == s for s in shards):
-                raise ValueError(shards)
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            shards = set(read_fields(path, LARGEST_HEADER).texts("weight_map").values())
+            if not shards or not all(Path(s).name == s and s != ".." for s in shards):
+                raise UserError("no names of files")
+        except UserError:
             raise UserError(
                 f"{path} is not an index of safetensors shards: delete it and download again, or "
                 f"choose another KT_MODEL_REVISION"

@@ -17,6 +17,7 @@ from pathlib import Path
 from deploy.errors import UserErrors
 from deploy.report import say
 from deploy.settings import BY_NAME
+from kt_kernel.files import read_stream
 
 #: Go's unicode.IsSpace, and the part of it that does not end a line for compose.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
@@ -54,7 +55,7 @@ def read_env_file(path: Path, environ: Mapping[str, str] | None = None) -> list[
             twice; one message per line.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_stream(path).decode("utf-8-sig")
     except OSError as error:
         raise UserErrors([f"--env-file {path}: {error.strerror}"]) from None
     except UnicodeDecodeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kt_kernel.errors import UserError
+from kt_kernel.errors import UserError, one_line
 
 
 class UserErrors(UserError):
@@ -12,7 +12,7 @@ class UserErrors(UserError):
 
     def __init__(self, messages: Sequence[str]) -> None:
         super().__init__("; ".join(messages))
-        self.messages = list(messages)
+        self.messages = [one_line(message) for message in messages]
 
 
 def messages_of(error: UserError) -> list[str]:

@@ -5,12 +5,15 @@ docs/gpu-memory.md has the formulas with their sources, and the numbers for V3.2
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from convert.model_config import MOST_EXPERTS, MOST_LAYERS
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 
 GIB = 2**30
 
@@ -40,12 +43,18 @@ V32_CONFIG: Mapping[str, Any] = {
 }
 #: What other models of the family leave out or set to null.
 _OPTIONAL = (
+    "first_k_dense_replace",
+    "n_shared_experts",
     "num_nextn_predict_layers",
     "q_lora_rank",
     "index_n_heads",
     "index_head_dim",
     "index_topk",
 )
+
+#: Sizes that no model comes near; fields without one are at most ``LARGEST_FIELD``.
+LARGEST_FIELD = 1 << 31
+_LARGEST = {"n_routed_experts": MOST_EXPERTS, "num_hidden_layers": MOST_LAYERS}
 
 BF16, FP32 = 2, 4
 #: An FP8 weight and its share of the fp32 scale of a block of 128 x 128.
@@ -74,15 +83,15 @@ def read_gpu_config(model_path: Path) -> Mapping[str, Any]:
     Never fails: a file that cannot be read is reported by the check of the model.
     """
     try:
-        config = json.loads((model_path / "config.json").read_text("utf-8"))
-        known = all(
-            isinstance(config[name] if name not in _OPTIONAL else config.get(name) or 0, int)
-            for name in V32_CONFIG
-            if name != "quantization_config"
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = read_fields(model_path / "config.json")
+        for name in V32_CONFIG:
+            if name != "quantization_config":
+                optional = name in _OPTIONAL
+                most = _LARGEST.get(name, LARGEST_FIELD)
+                config.integer(name, 0 if optional else 1, most, 0 if optional else None)
+    except UserError:
         return V32_CONFIG
-    return config if known else V32_CONFIG
+    return config.values
 
 
 @dataclass(frozen=True)
@@ -149,7 +158,7 @@ class GpuSizes:
     @property
     def moe_layers(self) -> int:
         """Layers with routed experts."""
-        return self.layers - self._get("first_k_dense_replace")
+        return max(0, self.layers - self._get("first_k_dense_replace"))
 
     def weights(self) -> float:
         """Weights besides routed experts; what every GPU holds in full is not divided."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from convert.durable import replace_file
 from kt_kernel.errors import UserError
+from kt_kernel.files import Fields, FileMissing, NotJson, read_fields
 
 MARKER_NAME = ".kt-download.json"
 FORMAT = "kt-download"
@@ -114,8 +115,9 @@ class Marker:
         ]
 
 
-def _stamps(found: dict[Any, Any]) -> dict[str, list[int]]:
-    return {str(name): [int(x) for x in value] for name, value in found.items()}
+def _stamps(found: Fields, name: str) -> dict[str, list[int]]:
+    stamps = found.inner(name, optional=True)
+    return {file: stamps.integers(file) for file in stamps.values}
 
 
 def stamp(path: Path) -> list[int]:
@@ -132,36 +134,62 @@ def file_size(path: Path) -> int | None:
         return None
 
 
+class MarkerDamaged(UserError):
+    """A marker that is not what this program wrote.
+
+    :attr:`reason` is the message without the advice.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}: run the download again, it makes a new one")
+        self.reason = reason
+
+
 def read_marker(directory: Path) -> Marker | None:
     """The marker of a directory, None if it has none.
 
     Raises:
-        UserError: there is one, but it cannot be read.
+        MarkerDamaged: there is one, but it is damaged.
+        UserError: it cannot be read, or is of another program or version.
     """
     path = directory / MARKER_NAME
     try:
-        found = json.loads(path.read_bytes())
-        if (found["format"], found["format_version"]) != (FORMAT, FORMAT_VERSION):
-            raise ValueError("format")
-        return Marker(
-            repo_id=str(found["repo_id"]),
-            requested_revision=str(found["requested_revision"]),
-            revision=str(found["revision"]),
-            files={
-                str(name): RepoFile(int(f["size"]), str(f["sha256"]), str(f["git_id"]))
-                for name, f in found["files"].items()
-            },
-            complete=found["complete"] is True,
-            verified=_stamps(found.get("verified", {})),
-            received=_stamps(found.get("received", {})),
-            stale=[str(name) for name in found.get("stale", [])],
-        )
-    except (FileNotFoundError, NotADirectoryError):
+        found = read_fields(path)
+        kind = found.values.get("format"), found.values.get("format_version")
+        if kind == (FORMAT, FORMAT_VERSION):
+            return _marker(found)
+    except FileMissing:
         return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(
-            f"{path} is not a download marker of this version: delete it and download again, "
-            f"finished files are recognised without it"
-        ) from None
+    except NotJson as error:
+        raise MarkerDamaged(str(error)) from None
+    raise UserError(
+        f"{path} is not a download marker of this version: delete it and download again, "
+        f"finished files are recognised without it"
+    )
+
+
+def _marker(found: Fields) -> Marker:
+    try:
+        files = {
+            name: RepoFile(f.integer("size"), f.text("sha256"), f.text("git_id"))
+            for name, f in found.inner("files").each()
+        }
+        verified, received = _stamps(found, "verified"), _stamps(found, "received")
+        stale = found.array("stale", [])
+        if not all(isinstance(name, str) for name in stale):
+            raise found.error("stale", "a list of texts")
+        for name in (*files, *verified, *received, *stale):
+            if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+                raise found.error("files", "paths in the directory")
+        return Marker(
+            repo_id=found.text("repo_id"),
+            requested_revision=found.text("requested_revision"),
+            revision=found.text("revision"),
+            files=files,
+            complete=found.flag("complete"),
+            verified=verified,
+            received=received,
+            stale=stale,
+        )
+    except UserError as error:
+        raise MarkerDamaged(str(error)) from None

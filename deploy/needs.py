@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, parse_expert_name
-from convert.model_config import read_json, read_model_dims
+from convert.model_config import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS, read_model_dims
 from deploy.gpu_memory import V32_CONFIG, GpuSizes
 from deploy.marker import Marker, read_marker
 from kt_kernel.errors import UserError
-from kt_kernel.packed import KT_METHODS, METHODS, SERVED_AS, PackedLayout
+from kt_kernel.files import Fields, read_fields
+from kt_kernel.packed import KT_METHODS, LARGEST_HEADER, METHODS, SERVED_AS, PackedLayout
 
 #: V3.2's bytes on the Hub.
 V32_BYTES = 689e9
@@ -85,7 +87,7 @@ def model_needs(model_path: Path) -> Needs:
     Never fails: files that cannot be read are reported by the check of the model.
     """
     try:
-        config = read_json(model_path / CONFIG_NAME)
+        config = read_fields(model_path / CONFIG_NAME)
         dims = read_model_dims(model_path / CONFIG_NAME)
         packed = {
             method: len(dims.moe_layers())
@@ -102,23 +104,28 @@ def model_needs(model_path: Path) -> Needs:
             for method in METHODS
         }
         return _needs(config, packed, len(dims.moe_layers()), model_path)
-    except (UserError, KeyError, TypeError, ValueError):
+    except UserError:
         pass
     layout = {m: PackedLayout(256, 7168, 2048, m).tensors().values() for m in METHODS}
     packed = {method: 58.0 * sum(spec.nbytes for spec in specs) for method, specs in layout.items()}
-    return _needs(V32_CONFIG, packed, 58, None)
+    return _needs(Fields(dict(V32_CONFIG), "V3.2"), packed, 58, None)
 
 
 def _needs(
-    config: Mapping[str, Any], packed: Mapping[str, float], moe_layers: int, path: Path | None
+    config: Fields, packed: Mapping[str, float], moe_layers: int, path: Path | None
 ) -> Needs:
-    expert = GpuSizes(config).expert
-    experts = int(config["n_routed_experts"])
-    width = config["num_experts_per_tok"] * config["hidden_size"]
+    expert = GpuSizes(config.values).expert
+    experts = config.integer("n_routed_experts", 1, MOST_EXPERTS)
+    top_k = config.integer("num_experts_per_tok", 1, experts)
+    width = top_k * config.integer("hidden_size", 1, LARGEST_SIZE)
+    kept = sum(
+        config.integer(name, 0, LARGEST_SIZE) for name in ("kv_lora_rank", "qk_rope_head_dim")
+    )
     download, resident = V32_BYTES, V32_RESIDENT_BYTES
     if path is not None:
         # MTP layers are downloaded, too, but not loaded.
-        all_layers = moe_layers + int(config.get("num_nextn_predict_layers") or 0)
+        mtp_layers = config.integer("num_nextn_predict_layers", 0, MOST_LAYERS, 0)
+        all_layers = moe_layers + mtp_layers
         download = _download_bytes(path, all_layers * experts * expert)
         resident = max(0.0, download - all_layers * experts * expert)
         resident = _resident_bytes(path, resident)
@@ -130,9 +137,7 @@ def _needs(
         moe_layers=moe_layers,
         expert=expert,
         resident=resident,
-        kv_per_token=2
-        * config["num_hidden_layers"]
-        * (config["kv_lora_rank"] + config["qk_rope_head_dim"]),
+        kv_per_token=2 * config.integer("num_hidden_layers", 1, MOST_LAYERS) * kept,
         scratch_per_token=V32_SCRATCH_BYTES / 4096 * width / (8 * 7168),
     )
 
@@ -141,9 +146,11 @@ def _download_bytes(path: Path, otherwise: float) -> float:
     marker = marker_of(path)
     if marker is not None and marker.files:
         return marker.total_bytes
-    if (path / INDEX_NAME).is_file():
-        return float(read_json(path / INDEX_NAME)["metadata"]["total_size"])
-    return otherwise
+    try:
+        index = read_fields(path / INDEX_NAME, LARGEST_HEADER)
+        return index.inner("metadata", optional=True).number("total_size", otherwise)
+    except UserError:  # not downloaded yet, or damaged
+        return otherwise
 
 
 def _resident_bytes(path: Path, otherwise: float) -> float:
@@ -163,8 +170,8 @@ def _resident_bytes(path: Path, otherwise: float) -> float:
 
 
 def _layer_of(name: str) -> int:
-    parts = name.split(".")
-    return int(parts[2]) if parts[:2] == ["model", "layers"] and parts[2].isdigit() else -1
+    match = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    return int(match[1]) if match else -1
 
 
 def marker_of(path: Path) -> Marker | None:

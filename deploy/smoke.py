@@ -14,6 +14,8 @@ from deploy.config import Config
 from kt_kernel.errors import UserError
 
 QUESTION = "hi"
+#: What code meets that takes a server's JSON for what it should be.
+NOT_AS_EXPECTED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 CONNECT_TIMEOUT = 5.0
 
 
@@ -98,7 +100,7 @@ def run(config: Config, url: str | None) -> int:
                 f"{url} sent nothing for {timeout.read:g} s: look at the server's log, or raise "
                 f"KT_SMOKE_TIMEOUT"
             ) from None
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, *NOT_AS_EXPECTED) as error:
             raise UserError(
                 f"{url} does not answer as an OpenAI-compatible server "
                 f"({type(error).__name__}: {error})"

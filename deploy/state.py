@@ -24,6 +24,8 @@ from typing import Any
 from deploy.progress import gigabytes
 from deploy.report import say
 from deploy.setting import AUTO
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 from kt_kernel.loading import PROGRESS_VARIABLE
 
 #: Stages that have a state; the others are over in a moment.
@@ -32,6 +34,7 @@ DONE, FAILED, READY = "done", "failed", "ready"
 PROGRESS_SECONDS = 5.0
 #: A reader holds the lock for a moment; another stage holds it longer.
 LOCK_SECONDS = 0.5
+LARGEST_PID = 1 << 22  # Linux's own limit
 _LAYERS_FILE = "serve-layers.json"  # written by kt_kernel while it loads
 
 
@@ -131,7 +134,7 @@ def _take_lock(path: Path) -> bool:
 
 def _is_locked(path: Path) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return False
     try:
@@ -167,10 +170,23 @@ def run_directory(setting: str | Path) -> Path:
 def read_state(directory: Path, stage: str) -> State | None:
     """The state that a stage left, None if there is none that can be read."""
     try:
-        found = json.loads((directory / f"{stage}.json").read_bytes())
-        known = {name: found[name] for name in State.__dataclass_fields__ if name in found}
-        state = State(**known)
-    except (OSError, ValueError, TypeError):
+        found = read_fields(directory / f"{stage}.json")
+        counts = [name for name in ("done", "total") if found.has(name)]
+        state = State(
+            stage=found.text("stage"),
+            phase=found.text("phase"),
+            message=found.text("message", ""),
+            unit=found.text("unit", ""),
+            pid=found.integer("pid", maximum=LARGEST_PID, default=0),
+            pid_started=found.integer("pid_started", default=0),
+            pid_namespace=found.text("pid_namespace", ""),
+            started=found.number("started", 0.0),
+            updated=found.number("updated", 0.0),
+            **{name: found.integer(name) for name in counts},
+        )
+    except UserError:
+        return None
+    if state.stage != stage:
         return None
     return _with_layers(directory, state) if state.phase == "loading" else state
 
@@ -178,10 +194,11 @@ def read_state(directory: Path, stage: str) -> State | None:
 def _with_layers(directory: Path, state: State) -> State:
     """The state of a server that loads, with what kt_kernel says of it."""
     try:
-        found = json.loads((directory / _LAYERS_FILE).read_bytes())
-        return replace(state, done=int(found["done"]), total=int(found["total"]), unit="layers")
-    except (OSError, ValueError, TypeError, KeyError):
+        found = read_fields(directory / _LAYERS_FILE)
+        done, total = found.integer("done"), found.integer("total")
+    except UserError:
         return state
+    return replace(state, done=done, total=total, unit="layers")
 
 
 def write_state(directory: Path, state: State) -> None:

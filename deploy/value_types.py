@@ -7,12 +7,13 @@ setting allows them.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+from kt_kernel.files import parse_json
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -173,7 +174,7 @@ class JsonObject:
         return "a JSON object"
 
     def parse(self, text: str) -> dict[str, Any]:
-        value = json.loads(text)
+        value = parse_json(text)
         if not isinstance(value, dict):
             raise ValueError(text)
         return value

@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from kt_kernel import packed
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 
 #: Environment variable that names a file for the number of layers loaded so far and of the model.
 #: ``entrypoint.py serve`` sets it, and its ``health`` reads the file; no setting for users.
@@ -70,6 +72,6 @@ def load_progress(folder: Path) -> LoadProgress:
 def _layers_of(manifest: Path) -> int:
     """MoE layers that a manifest names; 0 if it cannot tell, since loading needs no manifest."""
     try:
-        return len(json.loads(manifest.read_bytes())["model"]["moe_layers"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return len(read_fields(manifest).inner("model").array("moe_layers"))
+    except UserError:
         return 0

@@ -9,12 +9,15 @@ knows the layout.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from kt_kernel.errors import UserError
+from kt_kernel.files import LARGEST_INTEGER, open_regular, parse_json, shown
 
 FORMAT_NAME = "kt-kernel-packed"
 FORMAT_VERSION = 1
@@ -40,7 +43,15 @@ NUM_TABLES = 256
 TABLE_LEVELS = 16
 DATA_ALIGNMENT = 64  # bytes; a cache line, so that panels never straddle one
 
-_DTYPE_BYTES = {"U8": 1, "I8": 1, "F8_E4M3": 1, "BF16": 2, "F32": 4}
+#: Bytes of a safetensors header at most, by the format's own limit.
+LARGEST_HEADER = 100_000_000
+#: Bits of an element by safetensors' dtype; a file's tensors of other types are not looked into.
+_DTYPE_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        size = _DTYPE_BYTES[self.dtype]
+        size = _DTYPE_BITS[self.dtype] // 8
         for extent in self.shape:
             size *= extent
         return size
@@ -199,53 +210,104 @@ class Header:
     data_start: int
     file_size: int
 
+    @property
+    def data_end(self) -> int:
+        """Where the last tensor ends: the file's size, if nothing is behind it."""
+        return max((entry.end for entry in self.tensors.values()), default=self.data_start)
+
 
 def read_header(path: str | Path) -> Header:
-    """Parse a safetensors header without reading tensor data.
+    """Parse and check a safetensors header without reading tensor data.
 
-    The format: 8 bytes little-endian header size, that many bytes of JSON, then the data.
+    The format: 8 bytes little-endian header size, that many bytes of JSON, then the data. Each
+    tensor spans what its shape needs, and one follows the other without a gap.
 
     Raises:
         UserError: the file is missing, truncated or not safetensors.
     """
     path = Path(path)
     try:
-        file_size = path.stat().st_size
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
-            if len(prefix) < 8:
-                raise UserError(
-                    f"{path} is truncated: {file_size} bytes hold no safetensors header"
-                )
-            (length,) = struct.unpack("<Q", prefix)
-            if length > file_size - 8:
-                raise UserError(
-                    f"{path} is truncated or not a safetensors file: its header claims {length} "
-                    f"bytes, the file has {file_size}"
-                )
-            raw = json.loads(file.read(length))
-        metadata = {str(k): str(v) for k, v in raw.pop("__metadata__", {}).items()}
-        data_start = 8 + length
-        tensors = {}
-        for name, entry in raw.items():
-            begin, end = entry["data_offsets"]
-            if type(begin) is not int or type(end) is not int or not 0 <= begin <= end:
-                raise ValueError
-            tensors[name] = TensorEntry(
-                entry["dtype"], tuple(entry["shape"]), data_start + begin, data_start + end
-            )
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+            length = int.from_bytes(prefix, "little")
+            content = file.read(length) if length <= min(file_size, LARGEST_HEADER) else b""
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file: its header is not valid") from None
-    needed = max((entry.end for entry in tensors.values()), default=data_start)
-    if file_size < needed:
+    if len(prefix) < 8:
+        raise UserError(f"{path} is truncated: {file_size} bytes hold no safetensors header")
+    if length > file_size - 8:
         raise UserError(
-            f"{path} is truncated: expected {needed} bytes, found {file_size}; make the file again"
+            f"{path} is truncated or not a safetensors file: its header claims {length} "
+            f"bytes, the file has {file_size}"
         )
-    return Header(path, metadata, tensors, data_start, file_size)
+    try:
+        if len(content) != length:
+            raise ValueError(f"it has {length} bytes, expected at most {LARGEST_HEADER}")
+        metadata, tensors = _parse_header(content, 8 + length)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is not a safetensors file: its header is not valid: {error}"
+        ) from None
+    header = Header(path, metadata, tensors, 8 + length, file_size)
+    if file_size < header.data_end:
+        raise UserError(
+            f"{path} is truncated: expected {header.data_end} bytes, found {file_size}; make the "
+            f"file again"
+        )
+    return header
+
+
+def _parse_header(content: bytes, start: int) -> tuple[dict[str, str], dict[str, TensorEntry]]:
+    """Metadata and tensors of a header's JSON; the data starts at byte ``start`` of the file.
+
+    Raises:
+        ValueError: says what is wrong.
+    """
+    raw = parse_json(content)
+    if not isinstance(raw, dict):
+        raise ValueError("it is not an object")
+    metadata = raw.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # null is what some writers put for none
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError("__metadata__ is not an object of texts")
+    tensors = {name: _parse_entry(name, entry, start) for name, entry in raw.items()}
+    end = start
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if entry.begin != end:
+            raise ValueError(
+                f"tensor {name} begins at byte {entry.begin - start}, not {end - start}"
+            )
+        end = entry.end
+    return metadata, tensors
+
+
+def _parse_entry(name: str, entry: Any, start: int) -> TensorEntry:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name} is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)):
+        raise ValueError(f"{name} has no dtype, shape and data_offsets")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"data_offsets of {name} are {shown(offsets)}, expected begin and end")
+    bits = _DTYPE_BITS.get(dtype)
+    if bits is not None:
+        for extent in shape:
+            bits *= extent
+            if bits > LARGEST_INTEGER:
+                raise ValueError(f"the shape of {name} is too large")
+        if bits != 8 * (offsets[1] - offsets[0]):
+            raise ValueError(
+                f"{name} spans {offsets[1] - offsets[0]} bytes, expected {bits / 8:.0f} for its "
+                f"shape"
+            )
+    return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value <= LARGEST_INTEGER for value in values
+    )
 
 
 def check_layer_header(header: Header, layout: PackedLayout, layer_idx: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from convert.checkpoint import Checkpoint
-from convert.manifest import Identity, LayerRecord, Manifest
+from convert.manifest import Identity, Manifest
+from convert.manifest_file import LayerRecord
 from kt_kernel import _ext, packed
 
 #: Bytes of random codes; layers begin at different places of them.

@@ -80,8 +80,8 @@ TABLE = [
     (LAYER, rot, ""),
     (LAYER, delete, "rerun"),
     (LAYER, swap, "refused"),
-    (MANIFEST, truncate, "refused"),
-    (MANIFEST, flip, "refused"),
+    (MANIFEST, truncate, "made again"),
+    (MANIFEST, flip, "made again"),
     (MANIFEST, delete, "made again"),
 ]
 

@@ -170,13 +170,21 @@ def test_layers_swapped(source: Path, output: Path, convert_fails: ConvertFails)
     assert "layer_idx 2, this run has 1" in line
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": "something else"}', '{"layers": {}}'])
-def test_unreadable_manifest(
+@pytest.mark.parametrize("content", ["[]", '{"format": "something else"}', '{"layers": {}}'])
+def test_manifest_of_another_program(
     source: Path, output: Path, convert_fails: ConvertFails, content: str
 ) -> None:
     (output / "manifest.json").write_text(content)
     assert "manifest.json" in convert_fails(source, output)
     assert (output / "manifest.json").read_text() == content
+
+
+def test_a_file_that_is_no_manifest_is_not_replaced_where_nothing_else_is_ours(
+    source: Path, tmp_path: Path, convert_fails: ConvertFails
+) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    assert "manifest.json is not valid JSON" in convert_fails(source, tmp_path)
+    assert directory_content(tmp_path) == {"manifest.json": b"{"}
 
 
 def test_second_converter_is_refused(
