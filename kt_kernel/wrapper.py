@@ -254,8 +254,11 @@ class KTMoEWrapper:
         if "tables" in header.tensors:
             entry = header.tensors["tables"]
             shape = (packed.NUM_TABLES, packed.TABLE_LEVELS)
-            tables = np.fromfile(path, np.int8, entry.end - entry.begin, offset=entry.begin)
-            tables = tables.reshape(shape)
+            try:
+                tables = np.fromfile(path, np.int8, entry.end - entry.begin, offset=entry.begin)
+                tables = tables.reshape(shape)
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read the tables of {path}: {error}") from None
 
         def offset(name: str) -> int:
             return header.tensors[name].begin if name in header.tensors else 0

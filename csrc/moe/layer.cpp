@@ -1,6 +1,7 @@
 #include "moe/layer.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -26,6 +27,14 @@ class File {
   ~File() { close(fd_); }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
+
+  // Throws if the file does not hold this range: offsets come from a header that may be damaged.
+  void check_range(int64_t offset, int64_t bytes) const {
+    struct stat status;
+    if (fstat(fd_, &status) != 0) fail_runtime("cannot read ", path_, ": ", std::strerror(errno));
+    if (offset < 0 || bytes > status.st_size || offset > status.st_size - bytes)
+      fail_runtime(path_, " ends before byte ", offset, " + ", bytes, ": it is truncated");
+  }
 
   void read_at(int64_t offset, int64_t bytes, uint8_t* out) const {
     while (bytes > 0) {
@@ -70,6 +79,11 @@ class Reader {
   const File& file_;
   int64_t fetched_ = 0;
 };
+
+// Bytes of one expert's part of each tensor of a projection, by Part.
+std::array<int64_t, 3> part_bytes(const ProjectionLayout& whole) {
+  return {whole.codes_bytes(), whole.index_bytes(), whole.scales_bytes()};
+}
 
 void check_source(const std::vector<int64_t>& source, int64_t num_experts) {
   if (static_cast<int64_t>(source.size()) != num_experts)
@@ -133,8 +147,13 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
   for (const FileOffsets& of_projection : offsets)
     for (int64_t offset : of_projection)
       if (offset < 0 || offset > INT64_MAX / 4) fail_argument(path, ": offset ", offset);
-  prepare(tables, source);
   const File file(path);
+  for (size_t p = 0; p < kProjections.size(); ++p) {
+    const std::array<int64_t, 3> bytes = part_bytes(layout(kProjections[p]));
+    for (size_t part = 0; part < bytes.size(); ++part)
+      if (bytes[part] > 0) file.check_range(offsets[p][part], bytes[part] * config_.num_experts);
+  }
+  prepare(tables, source);
   // Slices that have yet to read a projection of an expert; the last lets go of the page cache.
   std::vector<std::atomic<int>> readers(static_cast<size_t>(config_.num_experts * 3));
   for (std::atomic<int>& left : readers) left = num_slices();
@@ -143,11 +162,9 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
     const int64_t expert = source[static_cast<size_t>(slot)];
     if (expert < 0) return;
     const Projection projection = kProjections[static_cast<size_t>(item % 3)];
-    const ProjectionLayout whole = layout(projection);
-    const std::array<int64_t, 3> part_bytes = {whole.codes_bytes(), whole.index_bytes(),
-                                               whole.scales_bytes()};
+    const std::array<int64_t, 3> bytes_of = part_bytes(layout(projection));
     const auto start = [&](size_t part) {
-      return offsets[static_cast<size_t>(projection)][part] + expert * part_bytes[part];
+      return offsets[static_cast<size_t>(projection)][part] + expert * bytes_of[part];
     };
     Reader reader(file);
     slices_[static_cast<size_t>(s)].for_each_run(
@@ -155,8 +172,8 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
           reader.read_at(start(static_cast<size_t>(part)) + from, bytes, to);
         });
     if (--readers[static_cast<size_t>(item)] > 0) return;
-    for (size_t part = 0; part < part_bytes.size(); ++part)
-      if (part_bytes[part] > 0) file.drop(start(part), part_bytes[part]);
+    for (size_t part = 0; part < bytes_of.size(); ++part)
+      if (bytes_of[part] > 0) file.drop(start(part), bytes_of[part]);
   });
   file.drop(0, 0);
   finish(source);

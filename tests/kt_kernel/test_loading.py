@@ -144,3 +144,21 @@ def test_a_truncated_file_is_one_clear_error(
     monkeypatch.setattr(packed, "read_header", lambda _: header)
     with pytest.raises(UserError, match=r"layer 3: .*layer-003\.safetensors ends before byte"):
         wrapper_of(tmp_path, LAYOUTS["int8"], 3).load_weights(torch.arange(4))
+
+
+@pytest.mark.parametrize("begin", [-64, 1 << 40, 2**63 - 64])
+def test_a_place_outside_the_file_is_refused_before_anything_is_read(
+    tmp_path: Path, begin: int
+) -> None:
+    """And what was loaded before stays: the extension takes no offset on trust."""
+    layout = LAYOUTS["int8"]
+    path = write_layer(tmp_path, layout, 3)
+    wrapper = wrapper_of(tmp_path, layout, 3)
+    wrapper.load_weights(torch.arange(4))
+    tensors = packed.read_header(path).tensors
+    offsets = [[tensors[f"{p}.codes"].begin, 0, begin] for p in packed.PROJECTIONS]
+    with pytest.raises(RuntimeError, match=r"layer-003\.safetensors ends before byte"):
+        wrapper._layer.load_file(str(path), offsets, None, [0, 1, 2, 3])
+    x, ids, weights = torch.ones(1, 256), torch.tensor([[0, 1]]), torch.ones(1, 2)
+    wrapper.submit_forward(x, ids, weights)
+    assert wrapper.sync_forward(x, 0).abs().sum() > 0
