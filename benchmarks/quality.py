@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,13 +28,19 @@ from typing import Any
 
 import httpx
 
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import NOT_AS_EXPECTED, BenchmarkError
 from examples.tiny.tasks import ANSWER_START, chat
+from kt_kernel.errors import UserError
+from kt_kernel.files import Fields, parse_json, read_file
 
 TOP = 64
 """Log-probabilities kept of each position; the rest of the vocabulary counts as one event."""
 MAX_ANSWER_TOKENS = 64
 TIMEOUT = 600.0
+LARGEST_RESULTS = 1 << 30
+"""Bytes of a results file: a line has 40 kB."""
+LARGEST_SCORE = 700.0
+"""Log-probabilities beyond are none: e to that power is no number."""
 AT_ONCE = 8
 """Requests in flight: a batch takes little longer than one."""
 
@@ -74,15 +81,11 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         BenchmarkError: it cannot be read, a line is no prompt, or an id occurs twice.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise BenchmarkError(f"cannot read {path}: {error.strerror}") from error
     prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         try:
-            prompt = Prompt(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            prompt = _prompt(_fields(line))
+        except (ValueError, UserError) as error:
             raise BenchmarkError(
                 f"{path}, line {number}: expected a JSON object with id, task, question and "
                 f"answer ({error})"
@@ -93,25 +96,64 @@ def read_prompts(path: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
-def read_results(path: Path) -> list[Result]:
-    """Finished lines of a results file; one that a kill cut off is dropped from the file, too."""
+def read_results(path: Path, repair: bool = False) -> list[Result]:
+    """Finished lines of a results file; none if there is no file.
+
+    Args:
+        path: the file.
+        repair: drop a last line that a kill cut off from the file, too.
+
+    Raises:
+        BenchmarkError: it cannot be read, or a line is no result.
+    """
     if not path.exists():
         return []
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    lines = _lines(path)
+    is_cut = bool(lines) and not lines[-1].endswith(b"\n")
+    whole = lines[:-1] if is_cut else lines
     results = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
+    for number, line in enumerate(whole, 1):
         try:
-            fields = json.loads(line)
-            results.append(Result(Prompt(**fields.pop("prompt")), **fields))
-        except (ValueError, TypeError, KeyError, AttributeError):
+            results.append(_result(_fields(line)))
+        except (ValueError, UserError):
             raise BenchmarkError(
                 f"{path}, line {number} is not a result of `ask`: choose another file"
             ) from None
+    if repair and is_cut:
+        if not results and not lines[-1].startswith(b'{"prompt"'):
+            raise BenchmarkError(f"{path} holds no result of `ask`: choose another file")
+        os.truncate(path, sum(map(len, whole)))
     return results
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return read_file(path, LARGEST_RESULTS).splitlines(keepends=True)
+    except UserError as error:
+        raise BenchmarkError(str(error)) from None
+
+
+def _fields(line: bytes) -> Fields:
+    return Fields({"line": parse_json(line)}, "it").inner("line")
+
+
+def _prompt(fields: Fields) -> Prompt:
+    if fields.values.keys() != {"id", "task", "question", "answer"}:
+        raise ValueError("other fields")
+    return Prompt(**{name: fields.text(name) for name in fields.values})
+
+
+def _result(fields: Fields) -> Result:
+    tokens = fields.integers("tokens")
+    scores, top = fields.array("log_probability"), fields.array("top")
+    rows = [Fields({"row": row}, "top").inner("row").values for row in top]
+    if not 0 < len(tokens) == len(scores) == len(rows) or not all(
+        type(value) in (int, float) and -LARGEST_SCORE < value < LARGEST_SCORE
+        for values in (scores, *(row.values() for row in rows))
+        for value in values
+    ):
+        raise ValueError("scores")
+    return Result(_prompt(fields.inner("prompt")), fields.text("text"), tokens, scores, rows)
 
 
 def ask(url: str, model: str, prompts: Sequence[Prompt], output: Path) -> list[Result]:
@@ -121,7 +163,7 @@ def ask(url: str, model: str, prompts: Sequence[Prompt], output: Path) -> list[R
         BenchmarkError: the server is not there or refuses, or ``output`` is of other prompts.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    done = {result.prompt.id: result for result in read_results(output)}
+    done = {result.prompt.id: result for result in read_results(output, repair=True)}
     for prompt in prompts:
         if prompt.id in done and done[prompt.id].prompt != prompt:
             raise BenchmarkError(
@@ -147,6 +189,10 @@ def ask(url: str, model: str, prompts: Sequence[Prompt], output: Path) -> list[R
         except httpx.HTTPError as error:
             raise BenchmarkError(
                 f"{url} does not answer: {str(error) or type(error).__name__}"
+            ) from None
+        except NOT_AS_EXPECTED as error:
+            raise BenchmarkError(
+                f"{url} does not answer as SGLang ({type(error).__name__}: {error})"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)

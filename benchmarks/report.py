@@ -10,7 +10,6 @@ of docs/performance/NAME.json.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import ENGINES
-from benchmarks.errors import BenchmarkError
+from benchmarks.errors import NOT_AS_EXPECTED, BenchmarkError
 from benchmarks.limits import Limits
 from benchmarks.plot import roofline
 from benchmarks.rehearsal import result as rehearsal
 from benchmarks.rehearsal.plot import draw
+from kt_kernel.errors import UserError
+from kt_kernel.files import parse_json, read_file
 
 SCHEMA = 1
 ROOT = Path(__file__).parents[1]
@@ -53,9 +54,9 @@ def load(path: Path) -> Json:
         BenchmarkError: it is missing, not JSON, or not a result of this version.
     """
     try:
-        result = json.loads(path.read_text())
-    except OSError as error:
-        raise BenchmarkError(f"cannot read {path}: {error.strerror}") from None
+        result = parse_json(read_file(path))
+    except UserError as error:
+        raise BenchmarkError(f"cannot read a result: {error}") from None
     except ValueError:
         raise BenchmarkError(f"{path} is not JSON: expected a file of bench_moe --json") from None
     found = result.get("schema") if isinstance(result, dict) else None
@@ -63,9 +64,15 @@ def load(path: Path) -> Json:
         raise BenchmarkError(
             f"{path} has schema {found}, expected {SCHEMA}: run bench_moe --json again"
         )
-    for run in result.get("runs", []):  # a rehearsal has none
-        for row in run["engines"]:
-            row["label"] = _LABELS.get(row["key"], row["label"])
+    try:
+        for run in result.get("runs") or []:  # a rehearsal has none
+            for row in run["engines"]:
+                row["label"] = _LABELS.get(row["key"], row["label"])
+        render([result])
+    except NOT_AS_EXPECTED:
+        raise BenchmarkError(
+            f"{path} is not a whole result: run the benchmark with --json again"
+        ) from None
     return result
 
 

@@ -12,13 +12,14 @@ to another x86-64 machine with the Python version it was prepared for.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.limits import CACHE, probe_name
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 
 MANIFEST = "rivals.json"
 
@@ -65,16 +66,16 @@ class Rivals:
         Raises:
             BenchmarkError: no such folder, or one for another Python version.
         """
-        path = folder / MANIFEST
-        if not path.is_file():
+        try:
+            manifest = read_fields(folder / MANIFEST)
+            python, versions = manifest.text("python"), manifest.texts("versions")
+        except UserError as error:
             raise BenchmarkError(
-                f"{folder} holds no {MANIFEST}: make it with "
-                f"'python -m benchmarks.rivals prepare --output {folder}'"
-            )
-        manifest = json.loads(path.read_text())
-        if manifest["python"] != this_python():
+                f"{error}: make it with 'python -m benchmarks.rivals prepare --output {folder}'"
+            ) from None
+        if python != this_python():
             raise BenchmarkError(
-                f"{folder} was prepared for Python {manifest['python']}, this is {this_python()}: "
+                f"{folder} was prepared for Python {python}, this is {this_python()}: "
                 f"prepare another with --python-version {this_python()}"
             )
-        return cls(folder.resolve(), manifest["versions"])
+        return cls(folder.resolve(), versions)

@@ -18,6 +18,8 @@ from pathlib import Path
 from benchmarks import limits
 from benchmarks.errors import BenchmarkError
 from benchmarks.rivals import MANIFEST, this_python
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "requirements"
@@ -52,9 +54,9 @@ def prepare(output: Path, python_version: str) -> None:
 
 def ensure(output: Path) -> None:
     """``prepare`` for this Python, unless ``output`` is already prepared from the same versions."""
-    path = output / MANIFEST
-    if path.is_file() and json.loads(path.read_text())["versions"] == pinned_versions():
-        return
+    with contextlib.suppress(UserError):  # not there, or damaged: made again
+        if read_fields(output / MANIFEST).texts("versions") == pinned_versions():
+            return
     print(f"preparing the rivals in {output}: minutes, once", file=sys.stderr)
     prepare(output, this_python())
 

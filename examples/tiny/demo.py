@@ -10,7 +10,6 @@ second run uses it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -30,6 +29,8 @@ from convert.quantize import quantizer_settings
 from deploy.settings import BY_NAME
 from examples.tiny.hub import Hub
 from examples.tiny.trained import copy_checkpoint
+from kt_kernel.errors import UserError
+from kt_kernel.files import read_fields
 from kt_kernel.packed import MANIFEST_NAME
 from kt_kernel.program import run_program
 
@@ -174,8 +175,8 @@ def remove_outdated(weights: Path) -> None:
     if not manifest.is_file():
         return
     try:
-        made_with = json.loads(manifest.read_text())["quantizer"]
-    except (ValueError, KeyError, TypeError):
+        made_with = read_fields(manifest).texts("quantizer")
+    except UserError:
         made_with = None
     if made_with != quantizer_settings("int4"):
         print(f"{weights} is of another version: making it again", flush=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -12,6 +14,8 @@ from threading import Thread
 import httpx
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import quality
 from benchmarks.errors import BenchmarkError
@@ -29,6 +33,7 @@ from benchmarks.quality import (
 )
 from benchmarks.quality_tiny import RESULTS
 from examples.tiny.tasks import ANSWER_START
+from tests.mutations import damaged_bytes, damaged_json, fuzz, put
 
 PROMPTS = [Prompt(f"copy/{i}", "copy", f"Copy: {i}", str(i)) for i in range(3)]
 
@@ -147,6 +152,45 @@ def test_bad_input_is_one_clear_error(
     refused, absent = capsys.readouterr().err.splitlines()
     assert refused.startswith(f"error: {url} refuses (503)")
     assert absent.startswith("error: http://127.0.0.1:1 does not answer")
+
+
+def test_a_file_of_something_else_is_not_touched(tmp_path: Path) -> None:
+    """Neither by reading, nor by `ask` with the wrong --output."""
+    path = tmp_path / "notes"
+    for content in (b"my notes", b"my notes\nwithout a newline at the end"):
+        path.write_bytes(content)
+        with pytest.raises(BenchmarkError, match=f"{path}.* not? .*result of `ask`"):
+            ask("http://127.0.0.1:1", "m", PROMPTS, path)
+        assert path.read_bytes() == content
+    whole = json.dumps(asdict(Result(PROMPTS[0], "0", [9], [-0.1], [{"9": -0.1}]))).encode()
+    path.write_bytes(whole + b"\n" + whole[:50])
+    assert len(read_results(path)) == 1
+    assert path.read_bytes() == whole + b"\n" + whole[:50]
+
+
+@fuzz()
+@given(data=st.data())
+def test_damaged_lines(data: st.DataObject, tmp_path: Path) -> None:
+    result = Result(PROMPTS[0], "0", [9, 1], [-0.1, -0.5], [{"9": -0.1}, {"1": -0.5, "2": -3.0}])
+    line = json.dumps(asdict(result)).encode()
+    path = put(
+        tmp_path / "a", data.draw(st.one_of(damaged_json(line), damaged_bytes(line))) + b"\n"
+    )
+    with contextlib.suppress(BenchmarkError):
+        results = read_results(path)
+        table({"a": summary(results, results)})
+    line = json.dumps(asdict(PROMPTS[0])).encode()
+    put(path, data.draw(st.one_of(damaged_json(line), damaged_bytes(line))))
+    with contextlib.suppress(BenchmarkError):
+        read_prompts(path)
+
+
+def test_an_answer_of_another_kind_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(quality, "post", lambda *_: {"choices": []})
+    with pytest.raises(BenchmarkError, match="does not answer as SGLang"):
+        ask("http://127.0.0.1:1", "m", PROMPTS, tmp_path / "results.jsonl")
 
 
 def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

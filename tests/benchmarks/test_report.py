@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import bench_moe, report
 from benchmarks.engines import ENGINES
 from benchmarks.errors import BenchmarkError
+from tests.mutations import damaged_bytes, damaged_json, fuzz, put
 
 
 def cell(tokens: int, ms: float, reads: float, gops: float, ratio: float) -> dict[str, Any]:
@@ -177,6 +181,15 @@ def test_a_file_that_is_not_a_result_is_one_clear_error(
         path.write_text(content)
     with pytest.raises(BenchmarkError, match=message):
         report.load(path)
+
+
+@fuzz()
+@given(data=st.data())
+def test_a_damaged_result_is_shown_or_one_clear_error(data: st.DataObject, tmp_path: Path) -> None:
+    content = data.draw(st.sampled_from(sorted(report.RESULTS.glob("*.json")))).read_bytes()
+    path = put(tmp_path / "a", data.draw(st.one_of(damaged_json(content), damaged_bytes(content))))
+    with contextlib.suppress(BenchmarkError):
+        report.render([report.load(path)])
 
 
 def test_engines_have_todays_names(tmp_path: Path) -> None:

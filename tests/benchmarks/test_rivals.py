@@ -35,6 +35,19 @@ def test_a_folder_that_was_not_prepared_is_refused(tmp_path: Path) -> None:
         Rivals.open(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"python": null}', '{"python": "3"}'])
+def test_a_damaged_manifest_is_refused_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / rivals.MANIFEST).write_text(content)
+    with pytest.raises(BenchmarkError, match=r"python -m benchmarks\.rivals prepare --output"):
+        Rivals.open(tmp_path)
+    made = []
+    monkeypatch.setattr(prepare, "prepare", lambda folder, version: made.append(version))
+    prepare.ensure(tmp_path)
+    assert made == [rivals.this_python()]
+
+
 def test_nothing_is_prepared_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     monkeypatch.setattr(prepare, "prepare", lambda folder, version: made.append(version))

@@ -21,7 +21,9 @@ def run_dense_and_unquantized(config: Any, *args: Any, **kwargs: Any) -> Any:
         config.index_topk = None
     quantization = getattr(config, "quantization_config", None)
     # get_config caches: the same object comes by again, already cleared.
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "fp8":
+        return config
+    if quantization.get("weight_block_size"):
         setattr(config, BLOCK_SIZE_ATTRIBUTE, tuple(quantization["weight_block_size"]))
-        config.quantization_config = None
+    config.quantization_config = None
     return config

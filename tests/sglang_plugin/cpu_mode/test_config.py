@@ -22,6 +22,16 @@ def test_deepseek_becomes_dense_and_unquantized(architecture: str) -> None:
     assert getattr(config, BLOCK_SIZE_ATTRIBUTE) == (128, 128)
 
 
+@pytest.mark.parametrize("block", [{}, {"weight_block_size": None}])
+def test_fp8_without_a_block_size_keeps_the_usual_one(block: dict[str, None]) -> None:
+    config = SimpleNamespace(
+        architectures=["DeepseekV3ForCausalLM"], quantization_config={"quant_method": "fp8"} | block
+    )
+    run_dense_and_unquantized(config)
+    assert config.quantization_config is None
+    assert not hasattr(config, BLOCK_SIZE_ATTRIBUTE)
+
+
 @pytest.mark.parametrize(
     "config",
     [
