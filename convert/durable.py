@@ -11,6 +11,9 @@ from pathlib import Path
 from kt_kernel.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: Open a file to write to it. What a stranger may have put in its place is an error: a link, which
+#: would lead to another file, or a pipe, whose reader would be waited for.
+CREATE = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def write_error(path: Path, error: OSError) -> UserError:
@@ -58,7 +61,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with named_write_errors(path):
         try:
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            fd = os.open(temporary, os.O_WRONLY | os.O_TRUNC | CREATE, 0o644)
             try:
                 write_fully(fd, memoryview(content), 0)
                 os.fsync(fd)
@@ -67,5 +70,6 @@ def replace_file(path: Path, content: bytes) -> None:
             temporary.replace(path)
             sync_directory(path.parent)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             raise

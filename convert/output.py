@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert import locks
-from convert.durable import named_write_errors, sync_directory, write_error
+from convert.durable import CREATE, named_write_errors, sync_directory, write_error
 from convert.manifest import Identity, Manifest
 from convert.manifest_file import LayerRecord
 from convert.workers import StopRequest
@@ -91,7 +91,7 @@ class OutputDirectory:
 
     def _lock(self) -> None:
         while True:
-            fd = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(self._lock_path, os.O_RDWR | CREATE, 0o644)
             try:
                 if not locks.try_lock(fd, locks.DIRECTORY, self.shared):
                     holder = os.pread(fd, 200, 0).decode(errors="replace").strip()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.durable import named_write_errors, sync_directory, write_fully
+from convert.durable import CREATE, named_write_errors, sync_directory, write_fully
 from convert.workers import StopRequest, run_all
 from kt_kernel.errors import UserError
 from kt_kernel.files import Fields, parse_json
@@ -128,8 +128,7 @@ class LayerWriter:
     def __enter__(self) -> LayerWriter:
         with named_write_errors(self.final):
             try:
-                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-                self._fd = os.open(self.temporary, flags, 0o644)
+                self._fd = os.open(self.temporary, os.O_RDWR | os.O_TRUNC | CREATE, 0o644)
                 self._allocate()
             except OSError:
                 self._discard()

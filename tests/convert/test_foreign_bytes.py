@@ -178,6 +178,25 @@ def test_odd_files(
             assert directory_content(output) == directory_content(converted)
 
 
+@pytest.mark.parametrize("name", [f"{LAYER}.tmp", f"{MANIFEST}.tmp", LOCK])
+def test_a_link_or_pipe_where_a_file_is_written(
+    source: Path, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """What a link leads to stays as it is, and nobody waits for a pipe's reader."""
+    victim = put(tmp_path / "victim", b"mine")
+    for make in (lambda path: path.symlink_to(victim), os.mkfifo):
+        output = linked(converted, tmp_path / "out")
+        (output / LAYER).unlink()
+        make(output / name)
+        # With others in the directory, what they are writing must be left alone.
+        code = run(source, output, capsys, "--layers", "1-3")
+        assert code == 2 or (name, make) == (LOCK, os.mkfifo)  # which locks like any file
+        assert victim.read_bytes() == b"mine"
+        (output / name).unlink(missing_ok=True)
+        assert run(source, output, capsys) == 0
+        assert directory_content(output) == directory_content(converted)
+
+
 def test_null_is_no_field_where_there_is_a_default(
     int4_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
