@@ -126,7 +126,7 @@ def write_report(path: Path, report: dict[str, Any]) -> str:
     try:
         import matplotlib
     except ImportError:
-        return f"report: {path}; no plot: matplotlib is missing, install requirements/bench.txt"
+        return f"report: {path}; no plot: matplotlib is missing (pip install matplotlib)"
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

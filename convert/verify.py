@@ -1,8 +1,8 @@
 """Proof that a written layer file holds what it should, before it gets its final name.
 
-The public safetensors library must agree about every tensor's shape and dtype, and the source is
-decoded with numpy and not by the extension, so that the writer and the quantiser are checked
-against code that has no part in them (but for INT4 sources, which both decode with decode.py).
+The public safetensors library must agree about every tensor's shape and dtype. A sample is compared
+with the source, which is decoded with numpy here and by the extension when it is packed (but for
+INT4 sources, which both decode with decode.py); the packed weights are decoded by the extension.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def check_packages(situation: Situation) -> Iterator[Result]:
             Status.FAIL,
             f"SGLang {SGLANG_VERSION}",
             "none",
-            "install requirements/run.txt into the environment that runs entrypoint.py",
+            f"pip install sglang=={SGLANG_VERSION} into the environment that runs this",
         )
     else:
         same = version == SGLANG_VERSION
@@ -125,7 +125,7 @@ def check_packages(situation: Situation) -> Iterator[Result]:
             Status.PASS if same else Status.WARN,
             f"SGLang {SGLANG_VERSION}",
             version,
-            "" if same else "other versions are not tested: install requirements/run.txt",
+            "" if same else f"other versions are not tested: pip install sglang=={SGLANG_VERSION}",
         )
     built = importlib.util.find_spec("kt_kernel._ext") is not None
     yield Result(

@@ -86,7 +86,7 @@ def test_damaged_source(
     run(model, tmp_path / "out", capsys, "--input-type", "auto")
 
 
-@fuzz()
+@fuzz(EXAMPLES // 2)
 @given(data=st.data())
 def test_damaged_output(
     data: st.DataObject,
