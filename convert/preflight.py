@@ -188,7 +188,7 @@ def check_output_path(input_path: Path, output: Path) -> None:
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file, expected a directory or nothing yet")
-    if output.resolve() == input_path.resolve():
+    if output.exists() and input_path.exists() and output.samefile(input_path):
         raise UserError(
             f"--output and --input-path are the same directory, {output}: the packed files need "
             f"one of their own"

@@ -197,6 +197,17 @@ def test_a_link_or_pipe_where_a_file_is_written(
         assert directory_content(output) == directory_content(converted)
 
 
+@pytest.mark.parametrize("kind", odd_files())
+def test_odd_directories(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """In the place of the source and of the output; an empty directory is a fine output."""
+    odd_files()[kind](tmp_path / "odd")
+    assert run(tmp_path / "odd", tmp_path / "out", capsys) == 2
+    assert run(source, tmp_path / "odd", capsys) == (0 if kind == "directory" else 2)
+    assert run(source, tmp_path / "odd" / "below", capsys) == (0 if kind == "directory" else 2)
+
+
 def test_null_is_no_field_where_there_is_a_default(
     int4_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
