@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_a_header_is_read_as_the_public_library_reads_it(
     data: st.DataObject, layer: bytes, tmp_path: Path
 ) -> None:
-    """Whatever safetensors opens is read alike; the rest is a UserError or harmless."""
+    """Whatever safetensors opens is read alike, and hardly anything else."""
     path = put(tmp_path / "a.safetensors", data.draw(damaged_header(layer)))
     try:
         header = packed.read_header(path)
@@ -48,6 +49,7 @@ def test_a_header_is_read_as_the_public_library_reads_it(
             pass
         return
     assert header.data_end <= header.file_size == path.stat().st_size
+    refused = ""
     try:
         with safe_open(path, "np") as file:
             names = set(file.keys())
@@ -55,8 +57,10 @@ def test_a_header_is_read_as_the_public_library_reads_it(
                 name: entry.shape for name, entry in header.tensors.items()
             }
             assert (file.metadata() or {}) == header.metadata
-    except SafetensorError:
-        pass  # an unknown dtype, bytes behind the data: of no concern to a reader of other tensors
+    except SafetensorError as error:
+        refused = str(error)
+    # Bytes behind the data, a dtype of a tensor that nobody reads: other checks' concern.
+    assert not refused or re.search("not fully covered|unknown variant|floating point `-0", refused)
     with contextlib.suppress(UserError):
         packed.check_layer_header(header, LAYOUTS["int8"], 5)
 
