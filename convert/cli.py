@@ -179,6 +179,8 @@ def main(
             else:
                 convert_checkpoint(options, stop, progress, on_layers)
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # of the output: kt_kernel/program.py tells
         reason = describe(error) if isinstance(error, OSError) else str(error)
         print(f"error: {reason}", file=sys.stderr)
         on_failure(reason)

@@ -152,14 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         state = _open_state(args, config["KT_RUN_DIR"])
         return _run(args, config, state)
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise  # of the output: kt_kernel/program.py tells
         messages = messages_of(error) if isinstance(error, UserError) else [describe(error)]
         for message in messages:
             print(f"error: {message}", file=sys.stderr)
         if state is not None:
             state.fail("; ".join(messages))
         return 1 if args.stage == "health" else 2  # health checks know 0 and 1 only
-    except BrokenPipeError:
-        raise  # the reader of the output has gone
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         if state is not None:

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deploy.marker import Marker, RepoFile
+from kt_kernel.errors import UserError
+from kt_kernel.files import open_regular
 
 CHUNK_BYTES = 4 << 20
 #: Hashing one file at a time keeps no disk busy; more than this keeps spinning disks seeking.
@@ -46,8 +48,8 @@ class Verifier:
     def _is_good(self, name: str) -> bool:
         file, path = self._marker.files[name], self._directory / name
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+            fd = open_regular(path)
+        except UserError:
             return False
         try:
             stat = os.fstat(fd)
@@ -59,6 +61,8 @@ class Verifier:
             if read and not self._has_content(fd, file):
                 return False
             os.fsync(fd)  # the marker will vouch for it after a power cut, too
+        except OSError:  # of the disk
+            return False
         finally:
             os.close(fd)
         self._record(name, stamp if read or known else None, 0 if read else file.size)

@@ -25,6 +25,7 @@ from deploy.gpu_memory import V32_CONFIG
 from deploy.marker import MARKER_NAME, Marker, RepoFile, read_marker
 from deploy.needs import model_needs
 from deploy.state import State, read_state, write_state
+from deploy.verify import Verifier
 from kt_kernel.errors import UserError
 from tests.entrypoint.helpers import H200, LAPTOP, Prepared, run, with_gpu
 from tests.mutations import EXAMPLES, damaged_bytes, damaged_json, fuzz, odd_files, put
@@ -126,6 +127,9 @@ def test_odd_files(tmp_path: Path, kind: str) -> None:
         situation = Situation(values, config.environment, LAPTOP)
         for check in (check_memory, check_disk, check_model, check_weights):
             assert list(check(situation))
+    odd_files()[kind](tmp_path / "a")
+    files = {"a": RepoFile((tmp_path / "a").lstat().st_size + 1, "", "0" * 40)}
+    assert Verifier(tmp_path, Marker("a/b", "c", "d", files), True).bad_files(["a"]) == ["a"]
     for name in ("serve.json", ".serve.lock"):
         folder = tmp_path / f"state of {name}"
         write_state(folder, State("serve", "loading", pid_namespace="pid:[1]"))
