@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,6 +53,9 @@ _DTYPE_BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64"), 64),
 }
+
+
+_LAYER_FILE = re.compile(r"layer-\d{3,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def layer_file_name(layer_idx: int) -> str:
 
 def is_last_layer(path: Path) -> bool:
     """Whether a layer's file is that of the last layer in its folder."""
-    return path.name == max(file.name for file in path.parent.glob("layer-*.safetensors"))
+    names = [file.name for file in path.parent.iterdir() if _LAYER_FILE.fullmatch(file.name)]
+    return path.name == max(names, key=lambda name: (len(name), name), default=path.name)
 
 
 def header_bytes(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

@@ -144,9 +144,6 @@ void Layer::finish(const std::vector<int64_t>& source) {
 
 void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>& offsets,
                       const int8_t* tables, const std::vector<int64_t>& source) {
-  for (const FileOffsets& of_projection : offsets)
-    for (int64_t offset : of_projection)
-      if (offset < 0 || offset > INT64_MAX / 4) fail_argument(path, ": offset ", offset);
   const File file(path);
   for (size_t p = 0; p < kProjections.size(); ++p) {
     const std::array<int64_t, 3> bytes = part_bytes(layout(kProjections[p]));
