@@ -10,7 +10,7 @@ from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin import activity, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
-from kt_kernel.sglang_plugin.edge import scheduler, tokenizer
+from kt_kernel.sglang_plugin.edge import answers, scheduler, tokenizer
 from kt_kernel.sglang_plugin.refusal import TESTED_SGLANG, refusing_to_serve, sglang_version
 from kt_kernel.sglang_plugin.tool_calls import detector
 
@@ -93,6 +93,41 @@ HOOKS: list[Hook] = [
         "around",
         scheduler.process_each_request,
         "the scheduler ends, and the server with it, when a request raises",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.fill_vocab_mask",
+        "around",
+        answers.open_dead_end,
+        "a grammar that allows no token makes all probabilities NaN, which ends the server",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.accept_token",
+        "around",
+        answers.accept_or_dead_end,
+        "ends the request whose grammar allows no token",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.FINISH_ABORT.__init__",
+        "around",
+        answers.blame_client,
+        "answers 500 to a grammar that allows no token",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.__dict__[re]",
+        "entry",
+        answers.TimedRe,
+        "searches for a client's stop_regex without a limit of time; all requests wait",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.schedule_batch.Req._check_str_based_finish",
+        "around",
+        answers.finish_or_refuse,
+        "does not everywhere expect that the search raises",
         "always",
     ),
     Hook(

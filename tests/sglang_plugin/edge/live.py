@@ -27,6 +27,17 @@ DEADLY: list[tuple[str, dict[str, Any]]] = [
     ("/generate", GENERATE | {"custom_labels": {"a": "b"}}),
     ("/generate", GENERATE | {"positional_embed_overrides": {"a": 1}}),
     ("/generate", {"text": "a", "sampling_params": {"is_normalized": True}}),
+    # Grammars that allow no token, at once and later.
+    ("/generate", {"text": "a", "sampling_params": {"json_schema": '{"$ref": "#"}'}}),
+    ("/generate", {"text": "a", "sampling_params": {"ebnf": 'root ::= "a" b\nb ::= b'}}),
+    # This would take for ever.
+    (
+        "/generate",
+        {
+            "text": "a",
+            "sampling_params": {"stop_regex": r"(?:.|.|\s)*\d{9}$", "ignore_eos": True},
+        },
+    ),
     # To replace a request of a session: SGLang changes a dictionary while it reads it. Nothing of
     # the request is wrong; the scheduler has to survive it.
     ("/generate", GENERATE | {"session_params": {"id": "s", "replace": True}}),
