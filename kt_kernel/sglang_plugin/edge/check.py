@@ -66,7 +66,8 @@ def _public(fields: Mapping[str, Kind]) -> dict[str, Kind]:
     return {name: kind for name, kind in fields.items() if not isinstance(kind, Internal)}
 
 
-PUBLIC = _public(FIELDS)
+#: SGLang names requests itself, too: those without a name, and its health check's.
+PUBLIC = {name: kind for name, kind in _public(FIELDS).items() if name != "rid"}
 #: SGLang has made a set of the list.
 SAMPLING_PUBLIC = {
     name: kind for name, kind in _public(SAMPLING).items() if name != "stop_token_ids"

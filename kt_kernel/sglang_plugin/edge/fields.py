@@ -22,6 +22,7 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     OneOrList,
     Pattern,
     Prompt,
+    RequestId,
     Text,
     TokenIds,
     context,
@@ -47,7 +48,8 @@ SIZE = Integer(1, INT32)
 TOKENS = Integer(0, context)
 TOP_LOGPROBS = Integer(0, lambda limits: limits.vocabulary)
 PENALTY = Number(-2, 2)
-STRINGS = OneOrList(Text(1024))
+# The empty string is in every answer: each would end before it begins.
+STRINGS = OneOrList(Text(1024, least=1))
 IDS = TokenIds(MAX_IDS)
 PORT = Integer(0, 65535)
 RANK = Integer(0, 1023)
@@ -132,7 +134,7 @@ OPENAI: dict[str, Kind] = {
 """Fields of OpenAI's, Anthropic's and Ollama's protocols."""
 
 GENERATE: dict[str, Kind] = {
-    "rid": OneOrList(Text(256)),
+    "rid": OneOrList(RequestId()),
     "session_id": Text(256),
     "text": Prompt(),
     # An empty list, not one among several, may continue a session.

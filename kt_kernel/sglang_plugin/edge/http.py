@@ -17,7 +17,7 @@ MAX_BODY = 64 << 20
 
 
 class CheckedRequests:
-    """ASGI middleware: answers what is wrong with a request, or hands it on unchanged."""
+    """ASGI middleware: answers what is wrong with a request, or hands it on without nulls."""
 
     def __init__(self, app: Application, limits: Callable[[], Limits]) -> None:
         """``limits`` is asked at each request."""
@@ -42,6 +42,7 @@ class CheckedRequests:
         if problem is not None:
             await _refuse(scope, send, 400, problem)
             return
+        body = without_nulls(body)
         rest = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -66,6 +67,24 @@ def problem_of_bytes(body: bytes, limits: Limits) -> Problem | None:
         huge = "digits" in str(error)
         return Problem("the body", Said(error), "shorter numbers") if huge else None
     return problem_of_body(document, limits)
+
+
+def without_nulls(body: bytes) -> bytes:
+    """``body`` without the fields at its top that are null.
+
+    OpenAI's and Anthropic's clients write null for a default; SGLang refuses it in some fields.
+    """
+    if b"null" not in body:
+        return body
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):  # the route refuses it
+        return body
+    if not isinstance(document, dict) or None not in document.values():
+        return body
+    return json.dumps(
+        {name: value for name, value in document.items() if value is not None}
+    ).encode()
 
 
 class _NoNumberError(Exception):

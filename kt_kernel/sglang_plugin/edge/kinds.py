@@ -114,13 +114,32 @@ class Flag:
 
 @dataclass(frozen=True)
 class Text:
-    """A string of at most so many characters."""
+    """A string of ``least`` to ``characters`` characters."""
 
     characters: int = 4096
+    least: int = 0
 
     def problems(self, path: str, value: object, limits: Limits) -> Iterator[Problem]:
-        if not isinstance(value, str) or len(value) > self.characters:
-            yield Problem(path, value, f"a string of at most {self.characters} characters")
+        if not isinstance(value, str) or not self.least <= len(value) <= self.characters:
+            size = (
+                f"{self.least} to {self.characters}" if self.least else f"at most {self.characters}"
+            )
+            yield Problem(path, value, f"a string of {size} characters")
+
+
+@dataclass(frozen=True)
+class RequestId:
+    """A client's name for its request, which is none of SGLang's own."""
+
+    reserved: str = "HEALTH_CHECK"
+
+    def problems(self, path: str, value: object, limits: Limits) -> Iterator[Problem]:
+        problem = next(Text(256, least=1).problems(path, value, limits), None)
+        if problem is not None:
+            yield problem
+        elif isinstance(value, str) and value.startswith(self.reserved):
+            # Such a request is not answered while there are others.
+            yield Problem(path, value, f"a string that does not begin with {self.reserved}")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     OneOrList,
     Pattern,
     Prompt,
+    RequestId,
     Text,
     TokenIds,
     resolve,
@@ -58,7 +59,7 @@ def right(kind: Kind, limits: Limits) -> Values:
             return st.floats(low, high, exclude_min=above) | st.just(high)
         case Flag():
             return st.booleans()
-        case Text() | Pattern():
+        case Text() | RequestId() | Pattern():
             return st.sampled_from(["a", "b+", "zz"])
         case JsonText():
             return st.sampled_from(["{}", '{"type": "integer"}', ""])
@@ -107,7 +108,10 @@ def wrong(kind: Kind, limits: Limits) -> Values:
         case Flag():
             return st.sampled_from([0, 1, "true"])
         case Text():
-            return st.sampled_from([5, {}, "a" * (kind.characters + 1)])
+            short = [""] if kind.least else []
+            return st.sampled_from([5, {}, "a" * (kind.characters + 1), *short])
+        case RequestId():
+            return st.sampled_from([5, {}, "", "a" * 257, "HEALTH_CHECK_1"])
         case Pattern():
             return st.sampled_from(["(", "[", "a{99999999999999999999}", "é" * 200, 5])
         case JsonText():
