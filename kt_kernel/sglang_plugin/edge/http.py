@@ -1,7 +1,7 @@
 """The check of a request's body before SGLang reads it: HTTP 400 for what would be served wrong."""
 
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, NoReturn
 
 from kt_kernel.sglang_plugin.edge.check import TOO_DEEP, problem_of_body
@@ -19,12 +19,19 @@ MAX_BODY = 64 << 20
 class CheckedRequests:
     """ASGI middleware: answers what is wrong with a request, or hands it on without nulls."""
 
-    def __init__(self, app: Application, limits: Callable[[], Limits]) -> None:
-        """``limits`` is asked at each request."""
+    def __init__(
+        self, app: Application, limits: Callable[[], Limits], closed: Collection[str] = ()
+    ) -> None:
+        """``limits`` is asked at each request; a route in ``closed`` is not served."""
         self._app = app
         self._limits = limits
+        self._closed = closed
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and str(scope["path"]).rstrip("/") in self._closed:
+            expected = "one that this server was started for"
+            await _refuse(scope, send, 400, Problem("the route", Said(scope["path"]), expected))
+            return
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return

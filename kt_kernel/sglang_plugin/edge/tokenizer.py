@@ -38,7 +38,16 @@ def serve_within_limits(global_state: Any) -> None:
         return
     tell_served_context(manager, global_state.scheduler_info)
     _limits = limits_of(manager)
-    check_bodies()
+    check_bodies(closed_routes(manager.server_args))
+
+
+def closed_routes(server_args: Any) -> frozenset[str]:
+    """Routes at which SGLang's scheduler raises, and the server ends: without a recorder."""
+    if server_args.expert_distribution_recorder_mode is not None:
+        return frozenset()
+    return frozenset(
+        f"/{action}_expert_distribution_record" for action in ("start", "stop", "dump")
+    )
 
 
 def tell_served_context(manager: Any, scheduler_info: Any) -> None:
@@ -56,14 +65,14 @@ def tell_served_context(manager: Any, scheduler_info: Any) -> None:
         manager.tokenizer.model_max_length = manager.context_len
 
 
-def check_bodies() -> None:
+def check_bodies(closed: frozenset[str]) -> None:
     """Put :class:`CheckedRequests` before SGLang's application."""
     from sglang.srt.entrypoints.http_server import app
 
     if app.middleware_stack is None:
-        app.add_middleware(CheckedRequests, limits=current_limits)
+        app.add_middleware(CheckedRequests, limits=current_limits, closed=closed)
     else:  # one of several processes, whose application runs already
-        app.middleware_stack = CheckedRequests(app.middleware_stack, current_limits)
+        app.middleware_stack = CheckedRequests(app.middleware_stack, current_limits, closed)
 
 
 def normalize_checked(normalize: Callable[..., None], request: Any) -> None:

@@ -54,6 +54,9 @@ def check_survives(client: httpx.Client, limits: Limits) -> None:
         answer = client.post(path, json=body)
         assert answer.status_code == 400, (path, body, answer.text)
 
+    for action in ("start", "stop", "dump"):
+        assert client.get(f"/{action}_expert_distribution_record").status_code == 400
+
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(request=requests(limits))
     def check(request: tuple[str, Any]) -> None:

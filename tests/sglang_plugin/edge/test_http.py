@@ -137,6 +137,27 @@ def test_files_and_requests_without_a_body_are_left_alone() -> None:
     assert [message["status"] for message in sent] == [204, 204]
 
 
+@pytest.mark.parametrize(("path", "served"), [("/start", 0), ("/start/", 0), ("/started", 1)])
+def test_a_route_that_would_end_the_server_is_not_served(path: str, served: int) -> None:
+    """A plain GET, which has no body to check."""
+    calls: list[str] = []
+    sent: list[Message] = []
+
+    async def route(scope: Message, receive: Any, send: Any) -> None:
+        calls.append(scope["path"])
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def never() -> Message:
+        raise AssertionError("waits for a body that nobody sends")
+
+    scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+    asyncio.run(CheckedRequests(route, lambda: Limits(1, 1), {"/start"})(scope, never, send))
+    assert len(calls) == served
+    assert [message["status"] for message in sent[:1]] == ([] if served else [400])
+
+
 def test_a_body_has_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """It lies in memory until it is answered."""
     monkeypatch.setattr(http, "MAX_BODY", 100)

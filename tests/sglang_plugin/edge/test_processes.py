@@ -122,6 +122,15 @@ def test_logprobs_have_a_limit_of_memory(
             tokenizer.tokenized_checked(lambda *_: made, manager(), made, None, [5])
 
 
+@pytest.mark.parametrize(("mode", "closed"), [(None, 3), ("stat", 0)])
+def test_records_of_experts_are_asked_for_where_there_are_some(
+    mode: str | None, closed: int
+) -> None:
+    """SGLang's scheduler raises at GET /start_expert_distribution_record without a recorder."""
+    arguments = SimpleNamespace(expert_distribution_recorder_mode=mode)
+    assert len(tokenizer.closed_routes(arguments)) == closed
+
+
 def test_a_session_may_go_on_without_a_new_token() -> None:
     request = SimpleNamespace(session_params={"id": "x"})
     made = SimpleNamespace(sampling_params=SimpleNamespace(stop_token_ids={3}))
