@@ -4,6 +4,12 @@
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
 
+// sums * a * b, the smaller factor first: what is between is finite if the result is. NaN in `b`
+// stays.
+inline Floats scaled(Floats sums, Floats a, Floats b) {
+  return mul(mul(sums, min(a, b)), max(a, b));
+}
+
 // Adds what the row's outliers give: y[p] += (outliers . w_p) * scale[p].
 template <int BlockK>
 inline void add_outliers(const Panels<2>& panels, const Rows& x, int64_t row,
@@ -18,7 +24,7 @@ inline void add_outliers(const Panels<2>& panels, const Rows& x, int64_t row,
   }
   const Floats factor = set1(outliers.scale);
   for (int p = 0; p < 2; ++p)
-    y[p] = add(y[p], mul(mul(acc_to_floats(acc[p], outliers.sum), scale[p]), factor));
+    y[p] = add(y[p], scaled(acc_to_floats(acc[p], outliers.sum), scale[p], factor));
 }
 
 // The epilogues: what becomes of token i's sums of two panels. `Offset`: whether the weights were
@@ -42,7 +48,7 @@ struct GateUpEpilogue {
     const int32_t x_sum = Offset ? row.sum : 0;
     const Floats x_scale = set1(row.scale);
     Floats y[2];
-    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], x_sum), scale[p]), x_scale);
+    for (int p = 0; p < 2; ++p) y[p] = scaled(acc_to_floats(sums[p], x_sum), scale[p], x_scale);
     if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.x, i, scale, y);
     store_floats(h + i * task.h_stride, silu_mul(y[0], y[1]));
   }
@@ -66,7 +72,7 @@ struct DownEpilogue {
     const int32_t h_sum = Offset ? row.sum : 0;
     const Floats h_scale = set1(row.scale);
     Floats y[2];
-    for (int p = 0; p < 2; ++p) y[p] = mul(mul(acc_to_floats(sums[p], h_sum), scale[p]), h_scale);
+    for (int p = 0; p < 2; ++p) y[p] = scaled(acc_to_floats(sums[p], h_sum), scale[p], h_scale);
     if (row.outlier_steps > 0) add_outliers<BlockK>(panels, task.h, i, scale, y);
     // The routing weight comes last: its product with a row's scale may be no float where the
     // expert's output is one.

@@ -7,7 +7,7 @@ import pytest
 
 from kt_kernel.sglang_plugin.hooks import HOOKS, Hook
 from tests.contract.published_wheels import PLUGIN_WHEELS, PublishedWheel
-from tests.sglang_plugin.wheel_source import find, is_registered
+from tests.sglang_plugin.wheel_source import find, is_registered, used_of
 
 
 def name_of(hook: Hook) -> str:
@@ -33,7 +33,23 @@ def test_function_exists_and_fits(hook: Hook, wheel: PublishedWheel) -> None:
     signature.bind(*arguments)
 
 
-@pytest.mark.parametrize("hook", [h for h in HOOKS if h.kind == "entry"], ids=name_of)
+def is_import(hook: Hook) -> bool:
+    """Whether a hook takes the place of what a module imports."""
+    return ".__dict__[" in hook.target
+
+
+ENTRIES = [hook for hook in HOOKS if hook.kind == "entry"]
+
+
+@pytest.mark.parametrize("hook", [h for h in ENTRIES if is_import(h)], ids=name_of)
+def test_what_is_used_of_an_import_is_there(hook: Hook, wheel: PublishedWheel) -> None:
+    module, name = hook.target.removesuffix("]").split(".__dict__[")
+    used = used_of(wheel.fetch(), module, name)
+    assert used, f"{wheel}: {module} does not import {name}"
+    assert used <= set(vars(hook.function))
+
+
+@pytest.mark.parametrize("hook", [h for h in ENTRIES if not is_import(h)], ids=name_of)
 def test_dictionary_exists(hook: Hook, wheel: PublishedWheel) -> None:
     path, key = hook.target.removesuffix("]").split("[")
     target = find(wheel.fetch(), path)

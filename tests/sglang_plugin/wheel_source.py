@@ -62,3 +62,21 @@ def is_registered(wheel: Path, dotted: str, key: str) -> bool:
                 for node in ast.walk(module)
             )
     return False
+
+
+def used_of(wheel: Path, module: str, name: str) -> set[str]:
+    """The attributes that a module uses of what it imports under ``name``; none if it does not."""
+    tree = parse(wheel, module.replace(".", "/") + ".py")
+    if tree is None or not any(
+        isinstance(node, ast.Import)
+        and name in [alias.asname or alias.name for alias in node.names]
+        for node in tree.body
+    ):
+        return set()
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == name
+    }
