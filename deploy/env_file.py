@@ -17,7 +17,7 @@ from pathlib import Path
 from deploy.errors import UserErrors
 from deploy.report import say
 from deploy.settings import BY_NAME
-from kt_kernel.files import read_stream
+from kt_kernel.files import LARGEST_TEXT, read_stream
 
 #: Go's unicode.IsSpace, and the part of it that does not end a line for compose.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
@@ -76,6 +76,7 @@ class _Reader:
         self._path, self._text, self._environ = path, text, environ
         self._at = 0
         self._counted, self._number = 0, 1  # up to where lines are counted, and how many
+        self._used = 0  # characters of variables
         self.found: dict[str, Assignment] = {}
         self.problems: list[str] = []
 
@@ -174,9 +175,17 @@ class _Reader:
 
     def _expand(self, value: str, name: str, where: str) -> str:
         def lookup(variable: str) -> str | None:
-            if variable in self._environ:
-                return self._environ[variable]
-            return self.found[variable].value if variable in self.found else None
+            found = self._environ.get(variable)
+            if found is None and variable in self.found:
+                found = self.found[variable].value
+            # Lines that each use an earlier one twice would double without end.
+            self._used += len(found or "")
+            if self._used > LARGEST_TEXT:
+                raise ValueError(
+                    f"and earlier lines use variables of {self._used} characters, expected at most "
+                    f"{LARGEST_TEXT}"
+                )
+            return found
 
         def missing(variable: str) -> None:
             # The rest of a password may look like a variable.

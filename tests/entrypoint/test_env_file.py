@@ -37,6 +37,10 @@ def test_what_compose_gave(file: Path, text: str, values: dict[str, str]) -> Non
         ("A\nB=1", "1: expected NAME=value, found 'A'"),
         ("A B=1", "1: expected NAME=value, found 'A B=1'"),
         ("A-B=1", "1: expected NAME=value, found 'A-B=1'"),
+        (
+            "A=" + "x" * 1000 + "\nB=" + "$A" * 1000 + "\nC=" + "$B" * 1000,
+            "3: C and earlier lines use variables of 2000000 characters, expected at most 1000000",
+        ),
         ("A=x\0y", "1: A has a NUL character, which no variable can hold"),
         ("A='x\ny'\nB=1\nB=2", "4: B is set again, first at FILE:3"),
     ],
