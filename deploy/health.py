@@ -8,6 +8,7 @@ own ``GET /health``; before that, and for the other stages, it is the state file
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -141,5 +142,7 @@ def http_status(url: str) -> tuple[int | None, str]:
         return error.code, ""
     except urllib.error.URLError as error:
         return None, str(error.reason)
-    except OSError as error:
+    except (OSError, ValueError, http.client.InvalidURL) as error:
         return None, str(error)
+    except http.client.HTTPException:  # another program has the port
+        return None, "what answers there does not speak HTTP"

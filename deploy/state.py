@@ -126,6 +126,9 @@ def _take_lock(path: Path) -> bool:
                 os.close(fd)
                 return False
             time.sleep(0.01)
+        except OSError:  # a file system without locks
+            os.close(fd)
+            return True
         else:
             # Never closed; SGLang's server, which this process may become, inherits it.
             os.set_inheritable(fd, True)
@@ -141,6 +144,8 @@ def _is_locked(path: Path) -> bool:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return False
     finally:
         os.close(fd)
     return False

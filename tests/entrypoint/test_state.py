@@ -21,7 +21,7 @@ from typing import ClassVar
 import httpx
 import pytest
 
-from deploy.health import examine, find_state, is_healthy
+from deploy.health import examine, find_state, http_status, is_healthy
 from deploy.state import (
     StageState,
     State,
@@ -324,6 +324,29 @@ def test_a_server_through_its_life(tmp_path: Path, server: Callable[[int], str])
     assert status == 0
     assert (report["healthy"], report["state"], report["stage"]) == (True, "ready", "serve")
     assert report["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-x\r\n", b"HTTP/1.1 x\r\n\r\n", b"x" * 70_000])
+def test_a_server_that_speaks_no_http(answer: bytes) -> None:
+    """Another program has the port: no answer, and no traceback of `health`."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+
+        def serve() -> None:
+            connection, _ = taken.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        status, problem = http_status(f"http://127.0.0.1:{taken.getsockname()[1]}/health")
+    assert status is None
+    assert problem
+    assert len(problem.splitlines()) == 1
+
+
+def test_an_address_that_is_none() -> None:
+    for url in ("http://[::1/health", "http://a:b/health", f"http://{'ü' * 70}/health"):
+        assert http_status(url)[0] is None
 
 
 @contextmanager
