@@ -30,6 +30,7 @@ from deploy.setting import (
 from deploy.value_types import (
     PORT,
     REPOSITORY,
+    TOKEN,
     URL,
     Boolean,
     Choice,
@@ -386,7 +387,7 @@ TABLE: tuple[Setting, ...] = (
         turn_off="KT_ENABLE_METRICS=0",
     ),
     Setting(
-        "KT_API_KEY", Text("a key without spaces", r"\S+"), "",
+        "KT_API_KEY", TOKEN, "",
         "Key that clients must send. SGLang takes it on its command line and writes it to its "
         "log at start-up, so guard both.",
         ADDED, ("serve", "smoke"), _serve("--api-key"), secret=True,
@@ -429,7 +430,7 @@ TABLE: tuple[Setting, ...] = (
     ),
     # --- other programs' variables --------------------------------------------------------------
     Setting(
-        "HF_TOKEN", Text("a token without spaces", r"\S+"), "",
+        "HF_TOKEN", TOKEN, "",
         "Token for the Hub, for gated or private repositories and for better rate limits.",
         FOREIGN, ("download",), secret=True,
     ),

@@ -15,7 +15,14 @@ from kt_kernel.errors import UserError
 
 QUESTION = "hi"
 #: What code meets that takes a server's JSON for what it should be.
-NOT_AS_EXPECTED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
+NOT_AS_EXPECTED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 CONNECT_TIMEOUT = 5.0
 
 

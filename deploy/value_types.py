@@ -214,3 +214,5 @@ class Names:
 PORT = Integer(1, 65535)
 URL = Text("a URL that starts with http:// or https://", r"https?://[^\s/]+\S*")
 REPOSITORY = Text("a repository as organisation/name", r"[\w.-]+/[\w.-]+")
+#: It is sent in a header, which holds ASCII.
+TOKEN = Text("ASCII characters without spaces", r"[!-~]+")

@@ -99,7 +99,7 @@ def test_secrets_that_do_not_work(tmp_path: Path) -> None:
         f"HF_TOKEN_FILE: {empty} is empty"
     ]
     assert problems({"HF_TOKEN_FILE": str(several)}, stage="download") == [
-        "HF_TOKEN: expected a token without spaces, found its value (not shown)"
+        "HF_TOKEN: expected ASCII characters without spaces, found its value (not shown)"
     ]
 
 

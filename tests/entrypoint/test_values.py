@@ -11,6 +11,7 @@ from deploy.settings import BY_NAME
 from deploy.value_types import (
     PORT,
     REPOSITORY,
+    TOKEN,
     URL,
     Boolean,
     Choice,
@@ -80,6 +81,8 @@ def test_good(kind: ValueType, text: str, value: Any) -> None:
         (URL, "ftp://host"),
         (REPOSITORY, "DeepSeek-V3.2"),
         (REPOSITORY, "a/b/c"),
+        (TOKEN, "a b"),
+        (TOKEN, "schl\xfcssel"),
     ],
 )
 def test_bad(kind: ValueType, text: str) -> None:
