@@ -23,6 +23,7 @@ from deploy.hub_http import looks_like_a_page, not_the_hub, through_proxy
 from deploy.marker import RepoFile
 from deploy.retries import HubUnreachable, Stopped, retry_after
 from kt_kernel.errors import UserError
+from kt_kernel.files import Fields
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 INDEX_NAME = "model.safetensors.index.json"
@@ -56,8 +57,9 @@ def resolve_revision(api: HfApi, repo_id: str, revision: str) -> str:
         return revision
     with explained(repo_id, revision):
         info = api.repo_info(repo_id, revision=revision, timeout=METADATA_TIMEOUT)
-    if info.sha is None:
-        raise UserError(f"the Hub gives no commit for {repo_id} at {revision}")
+        # The client takes whatever the answer has.
+        if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha):
+            raise TypeError
     return info.sha
 
 
@@ -69,15 +71,21 @@ def list_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     """
     with explained(repo_id, commit):
         listed = list(api.list_repo_tree(repo_id, recursive=True, revision=commit))
-        return {
-            entry.path: RepoFile(
-                size=int(entry.lfs.size if entry.lfs else entry.size),
-                sha256=entry.lfs.sha256 if entry.lfs else "",
-                git_id=entry.blob_id,
-            )
-            for entry in listed
-            if isinstance(entry, ListedFile)
-        }
+        return dict(_listed_file(entry) for entry in listed if isinstance(entry, ListedFile))
+
+
+def _listed_file(entry: ListedFile) -> tuple[str, RepoFile]:
+    """Path and file of an entry of a listing; TypeError if it is not as the Hub makes it."""
+    found = Fields({"path": entry.path, "git_id": entry.blob_id, "size": entry.size}, "")
+    if entry.lfs:
+        found.values |= {"size": entry.lfs.size, "sha256": entry.lfs.sha256}
+    try:
+        texts = found.text("path"), found.text("sha256", ""), found.text("git_id")
+        size = found.integer("size")
+    except UserError:
+        raise TypeError from None
+    "".join(texts).encode()  # half a character names no file
+    return texts[0], RepoFile(size, *texts[1:])
 
 
 def choose_small_files(files: dict[str, RepoFile]) -> list[str]:

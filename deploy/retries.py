@@ -83,16 +83,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     from huggingface_hub.utils import parse_ratelimit_headers
 
     text = headers.get("retry-after", "").strip()
-    seconds: float | None = None
-    if text.isascii() and text.isdigit():
-        seconds = float(text)
-    elif text:
-        try:
-            date = parsedate_to_datetime(text)
-        except ValueError:
-            return None
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        seconds = (date - datetime.fromtimestamp(time.time(), UTC)).total_seconds()
-    elif (limit := parse_ratelimit_headers(headers)) is not None and limit.remaining == 0:
-        seconds = float(limit.reset_in_seconds)
+    try:
+        seconds = _seconds_asked(text) if text else None
+        if not text and (limit := parse_ratelimit_headers(headers)) and limit.remaining == 0:
+            seconds = float(limit.reset_in_seconds)
+    except (ValueError, OverflowError):  # no date, or a number that none can have
+        return None
     return None if seconds is None else min(max(0.0, seconds), LONGEST_RETRY_AFTER)
+
+
+def _seconds_asked(text: str) -> float:
+    """Seconds from now that a Retry-After means, which may be past; ValueError, OverflowError."""
+    if text.isascii() and text.isdigit():
+        return float(text)
+    date = parsedate_to_datetime(text)
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return (date - datetime.fromtimestamp(time.time(), UTC)).total_seconds()
