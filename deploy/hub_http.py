@@ -91,4 +91,11 @@ def through_proxy(url: str) -> str:
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or (parts.hostname and proxy_bypass(parts.netloc)):
         return ""
-    return f" through the proxy {re.sub(r'//[^/@]*@', '//', proxy)}"
+    # A scheme may be left out, and a password may hold what ends it elsewhere.
+    scheme = re.match(r"[a-z0-9]+://", proxy, re.IGNORECASE)
+    return f" through the proxy {scheme[0] if scheme else ''}{_host(proxy)}"
+
+
+def _host(address: str) -> str:
+    """An address from its host on, without scheme, user and password."""
+    return address.rpartition("@" if "@" in address else "://")[2]

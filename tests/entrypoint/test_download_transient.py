@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile as ListedFile
 
+from deploy.hub_client import list_files
 from deploy.hub_http import looks_like_a_page, through_proxy
 from deploy.retries import LONGEST_RETRY_AFTER, HubUnreachable, retry_after, with_retries
 from examples.tiny.hub import HubHandler
+from kt_kernel.errors import UserError
 from tests.entrypoint.helpers import REPOSITORY, LocalHub, clean_environment, fails, fetched
 
 PAGE = b"\n<!DOCTYPE html><html><body>Please log in</body></html>"
@@ -158,6 +163,28 @@ def test_a_login_page_is_named(
     assert not list((tmp_path / "model").glob("*.safetensors")) or request_kind == "shard"
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"path": 5},
+        {"path": "\ud800.json"},
+        {"size": -1},
+        {"size": "1"},
+        {"oid": 5},
+        {"lfs": {"oid": 5, "size": 1, "pointerSize": 1}},
+    ],
+)
+def test_a_listing_with_other_types(change: dict[str, object]) -> None:
+    entry = {"path": "a.json", "size": 1, "oid": "0" * 40}
+
+    class Api:
+        def list_repo_tree(self, *_: object, **__: object) -> list[Any]:
+            return [cast(Any, ListedFile)(**fields) for fields in (entry, entry | change)]
+
+    with pytest.raises(UserError, match="sends JSON that is not the Hub's"):
+        list_files(cast(HfApi, Api()), "a/b", "1" * 40)
+
+
 def test_json_of_another_kind(hub: LocalHub, tmp_path: Path) -> None:
     answer_first(hub, "/tree/", send(200, b'{"error": "no"}'))
     line = fails("download", **hub.settings(tmp_path / "model"))
@@ -187,9 +214,11 @@ def test_retry_after() -> None:
     assert 50 < in_a_minute <= 60
     assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
     assert retry_after({"retry-after": "9" * 5000}) == LONGEST_RETRY_AFTER
-    assert retry_after({"retry-after": "soon"}) is None
+    for nothing in ("soon", "-5", "1e9", "Mon, 01 Jan 99999999999 00:00:00 GMT"):
+        assert retry_after({"retry-after": nothing}) is None
     assert retry_after({"ratelimit": '"api";r=0;t=55'}) == 55
     assert retry_after({"ratelimit": '"api";r=3;t=55'}) is None
+    assert retry_after({"ratelimit": f'"api";r=0;t={"9" * 5000}'}) is None
     assert retry_after({}) is None
 
 
@@ -211,6 +240,11 @@ def test_the_proxy_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch
     assert through_proxy("https://hub") == ""
     monkeypatch.setenv("ALL_PROXY", "http://me:secret@proxy:3128")
     assert through_proxy("https://hub") == " through the proxy http://proxy:3128"
+    for address in ("me:secret@proxy:3128", "http://me:sec@re/t@proxy:3128", "me:a://b@proxy:3128"):
+        monkeypatch.setenv("ALL_PROXY", address)
+        shown = through_proxy("https://hub")
+        assert shown.endswith("proxy:3128")
+        assert "@" not in shown
     monkeypatch.setenv("NO_PROXY", "hub")
     assert through_proxy("https://hub") == ""
 
