@@ -138,7 +138,9 @@ class Fetcher:
                 if offset + len(chunk) > file.size:
                     partial.truncate(0)
                     raise self._wrong(name, f"sends more than {file.size} bytes")
-                partial.write(chunk)
+                rest = memoryview(chunk)
+                while rest:  # a disk that is nearly full takes a part
+                    rest = rest[partial.write(rest) :]
                 offset += len(chunk)
             if offset < file.size:
                 raise self._wrong(name, f"sends {offset} bytes of {file.size}")
