@@ -110,9 +110,10 @@ def read_model_dims(path: Path) -> ModelDims:
 def _int4_scheme(quantization: Fields) -> dict[str, Any]:
     """The ``weights`` of compressed-tensors' only group with its ``format``; empty if not that."""
     groups = quantization.inner("config_groups", optional=True)
-    if len(groups.values) != 1:
+    names = [name for name in groups.values if groups.has(name)]
+    if len(names) != 1:
         return {}
-    ((_, group),) = groups.each()
+    group = groups.inner(names[0])
     weights = group.inner("weights", optional=True)
     # The format stands in the group in newer files, and beside the groups in all.
     found = group if group.has("format") else quantization

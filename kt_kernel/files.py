@@ -37,7 +37,7 @@ class FileMissing(UserError):
 
 
 class NotJson(UserError):
-    """A file holds no JSON: it is damaged, or of another kind."""
+    """A file holds no JSON object: it is damaged, or of another kind."""
 
 
 def open_regular(path: Path) -> int:
@@ -151,8 +151,8 @@ def read_fields(path: Path, limit: int = LARGEST_JSON, advice: str = "") -> Fiel
 
     Raises:
         FileMissing: there is no file.
-        NotJson: it is not JSON.
-        UserError: it cannot be read, or holds something else.
+        NotJson: it is not JSON, or no object.
+        UserError: it cannot be read.
     """
     content = read_file(path, limit)
     try:
@@ -160,7 +160,7 @@ def read_fields(path: Path, limit: int = LARGEST_JSON, advice: str = "") -> Fiel
     except ValueError as error:
         raise NotJson(_advised(f"{path} is not valid JSON ({error})", advice)) from None
     if not isinstance(value, dict):
-        raise UserError(_advised(f"{path} holds {shown(value)}, expected a JSON object", advice))
+        raise NotJson(_advised(f"{path} holds {shown(value)}, expected a JSON object", advice))
     return Fields(value, str(path))
 
 

@@ -119,6 +119,12 @@ def test_other_int4_schemes_are_refused(
     assert expected in line
 
 
+def test_a_group_that_is_null_is_none(tmp_path: Path) -> None:
+    fake = fake_checkpoint("bf16")
+    fake.config["quantization_config"] = {"config_groups": {"group_0": None}}
+    assert Checkpoint(fake.write(tmp_path / "model")).dims.int4_scheme == {}
+
+
 def test_gptq_is_named(tmp_path: Path, convert_fails: ConvertFails) -> None:
     fake = fake_checkpoint("bf16")
     for name in [name for name in fake.tensors if ".experts." in name]:

@@ -22,7 +22,7 @@ from deploy.checks_model import check_model, check_weights
 from deploy.config import load
 from deploy.errors import UserErrors
 from deploy.gpu_memory import V32_CONFIG
-from deploy.marker import MARKER_NAME, Marker, RepoFile, read_marker
+from deploy.marker import MARKER_NAME, Marker, MarkerDamaged, RepoFile, read_marker
 from deploy.needs import model_needs
 from deploy.state import State, read_state, write_state
 from deploy.verify import Verifier
@@ -53,6 +53,14 @@ def test_damaged_marker(data: st.DataObject, tmp_path: Path) -> None:
         assert marker.total_bytes >= 0
         assert all((tmp_path / name).resolve().is_relative_to(tmp_path) for name in marker.stale)
         marker.save(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"null", b"[]", b"0"])
+def test_a_marker_that_is_no_object_is_made_again(tmp_path: Path, content: bytes) -> None:
+    """The advice is to run the download again: it has to take that for damage, too."""
+    put(tmp_path / MARKER_NAME, content)
+    with pytest.raises(MarkerDamaged, match="expected a JSON object"):
+        read_marker(tmp_path)
 
 
 @fuzz()
