@@ -132,7 +132,7 @@ class Layer:
     ) -> None: ...
     def load_file(
         self,
-        path: str,
+        path: str | bytes,
         offsets: list[list[int]],
         tables: NDArray[np.int8] | None,
         source: list[int],

@@ -32,6 +32,8 @@ def check_tensor(
     """Raise :class:`UserError` unless ``tensor`` has this shape and one of these dtypes."""
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"{name} is {type(tensor).__name__}: expected a tensor {list(shape)}")
+    if tensor.layout != torch.strided:
+        raise UserError(f"{name} is {tensor.layout}: expected a dense tensor {list(shape)}")
     if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
         raise UserError(
             f"{name} is {tensor.dtype} {list(tensor.shape)}: expected "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -60,6 +61,24 @@ class Deferred(NamedTuple):
                 "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
             )
         return None
+
+
+class LeftByThread(threading.local):
+    """What the layer called last has deferred; each thread goes through the layers on its own."""
+
+    deferred: Deferred | None = None
+
+    def __get__(self, _: object, owner: type) -> Deferred | None:
+        """As an attribute of a class, for reading: what this thread has left."""
+        return self.deferred
+
+    def swap(self, deferred: Deferred | None) -> Deferred | None:
+        """Put another in its place, or None; what was there."""
+        before, self.deferred = self.deferred, deferred
+        return before
+
+
+LEFT = LeftByThread()
 
 
 class Pending(NamedTuple):

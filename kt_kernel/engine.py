@@ -65,11 +65,12 @@ def shared_engine(threads: int, pools: int) -> _ext.Engine:
         whole("cpuinfer_threads", threads, 1),
         whole("threadpool_count", whole("threadpool_count", pools, 1), 1, MAX_POOLS),
         target_name(),
+        os.getpid(),  # a forked process has none of its parent's workers
     )
 
 
 @functools.cache
-def _engine(threads: int, pools: int, target: str) -> _ext.Engine:
+def _engine(threads: int, pools: int, target: str, _process: int) -> _ext.Engine:
     cpus = _ext.allowed_cpus()
     quota = read_cpu_quota()
     granted = len(cpus) if quota is None else max(1, min(len(cpus), math.floor(quota)))

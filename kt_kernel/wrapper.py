@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from kt_kernel import _ext, packed
 from kt_kernel.arguments import check_tensor, whole
 from kt_kernel.calls import (
+    LEFT,
     C,
     CapturedCall,
     CudaCall,
@@ -80,7 +82,7 @@ class KTMoEWrapper:
     """
 
     _capture_batch_sizes: tuple[int, ...] = ()
-    _deferred: Deferred | None = None  # of the layer called last
+    _deferred = LEFT
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class KTMoEWrapper:
         swiglu_limit: float = 0.0,
         swiglu_alpha: float = 0.0,
     ) -> None:
-        if method not in packed.KT_METHODS:
+        if method not in list(packed.KT_METHODS):  # by comparing: not everything has a hash
             raise UserError(
                 f"method (--kt-method) is {method!r}: expected one of "
                 f"{', '.join(packed.KT_METHODS)}"
@@ -138,6 +140,7 @@ class KTMoEWrapper:
         )
         self._num_deferred = min(deferred, self.top_k)
         self._engine = shared_engine(cpuinfer_threads, threadpool_count)
+        self._process = os.getpid()
         self._pools = threadpool_count
         self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
         self._layer = self._new_layer()
@@ -268,7 +271,11 @@ class KTMoEWrapper:
             for name in packed.PROJECTIONS
         ]
         try:
-            self._layer.load_file(str(path), offsets, tables, sources)
+            # As bytes: a name need not be Unicode, what the extension says of it has to be.
+            self._layer.load_file(os.fsencode(path), offsets, tables, sources)
+        except UnicodeDecodeError as error:
+            reason = error.object.decode(errors="backslashreplace")
+            raise UserError(f"layer {self.layer_idx}: {reason}") from None
         except RuntimeError as error:
             raise UserError(f"layer {self.layer_idx}: {error}") from None
         return path
@@ -299,7 +306,7 @@ class KTMoEWrapper:
                 )
             self._use_method(quant_method)
         tensors = (gate_proj, up_proj, down_proj)
-        dtype = gate_proj.dtype
+        dtype = getattr(gate_proj, "dtype", None)
         if dtype not in _SOURCE_DTYPES:
             raise UserError(f"gate_proj is {dtype}: expected bfloat16, float16 or float32")
         for name, tensor in zip(packed.PROJECTIONS, tensors, strict=True):
@@ -349,15 +356,21 @@ class KTMoEWrapper:
             cuda_stream: raw handle of the current CUDA stream; 0 on the CPU.
 
         Raises:
-            UserError: a wrong shape or dtype, an id out of range, or a call that is still pending.
+            UserError: a wrong shape or dtype, an id out of range, a call that is still pending, or
+                one in a process that was forked since the layer was made.
             RuntimeError: a call on a CUDA stream has failed before, of whatever layer.
         """
         if self._pending is not None:
             raise UserError(
                 f"layer {self.layer_idx}: submit_forward without sync_forward before it"
             )
+        if os.getpid() != self._process:  # a call would wait for ever
+            raise UserError(
+                f"layer {self.layer_idx}: this process was forked, and threads do not come along: "
+                "make the layer in the process that calls it"
+            )
         check_earlier_calls()
-        tokens = hidden_states.shape[0] if hidden_states.dim() else 0
+        tokens = next(iter(getattr(hidden_states, "shape", ())), 0)
         check_tensor(
             "hidden_states",
             hidden_states,
@@ -426,7 +439,7 @@ class KTMoEWrapper:
             return Pending(self._queue(x, ids, weights), before)
         ids, later = split_lightest(ids, weights, self._num_deferred)
         now = self._queue(x, ids, weights)
-        KTMoEWrapper._deferred = Deferred(self.layer_idx, self._queue(x, later, weights))
+        LEFT.swap(Deferred(self.layer_idx, self._queue(x, later, weights)))
         return Pending(now, before)
 
     def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Queued:
@@ -442,7 +455,7 @@ class KTMoEWrapper:
 
     def _take_deferred(self, x: torch.Tensor, kind: type[C]) -> C | None:
         """What the MoE layer before has left for this one's output, in a pass of this kind."""
-        deferred, KTMoEWrapper._deferred = KTMoEWrapper._deferred, None
+        deferred = LEFT.swap(None)
         return None if deferred is None else deferred.into(self.layer_idx, x.shape, kind)
 
     def _capture(
@@ -462,8 +475,7 @@ class KTMoEWrapper:
         on_stream.submit(stream, *self._inputs(x, ids, weights))
         if self._num_deferred:
             deferred_on_stream.submit(stream, *self._inputs(x, later, weights))
-            deferred = Deferred(self.layer_idx, OnStream(deferred_on_stream, x))
-            KTMoEWrapper._deferred = deferred
+            LEFT.swap(Deferred(self.layer_idx, OnStream(deferred_on_stream, x)))
         return CapturedCall(OnStream(on_stream, x), before)
 
     def _inputs(

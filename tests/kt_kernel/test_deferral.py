@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from kt_kernel import KTMoEWrapper
+from kt_kernel.calls import LEFT
 from kt_kernel.errors import UserError
 from tests import reference
 from tests.kt_kernel.files import LAYOUTS, write_layer
@@ -214,13 +216,27 @@ def test_a_job_that_nobody_waits_for_keeps_its_memory(
         with pytest.raises(UserError, match="expected the same batch"):
             second.submit_forward(*batch(899, 1))
     else:
-        KTMoEWrapper._deferred = None
+        LEFT.swap(None)
     others = [first._engine.take_buffer(x.nbytes) for _ in range(4)]
     for memory in others:
         memory[:] = 0
     assert first._engine.totals["calls"] == before, "the deferred job was over: nothing was tried"
     second.without_deferral().forward(*batch(1, 1))  # jobs run in turn
     assert not any(memory.any() for memory in others)
+
+
+def test_threads_do_not_take_what_others_left(layers: list[RandomLayer]) -> None:
+    """Two passes at once, of the same shape: each gets its own deferred experts."""
+    first, second = wrappers(layers, 6)[:2]
+    inputs = [batch(5, seed) for seed in (1, 2)]
+    want = [[wrapper.forward(*b) for wrapper in (first, second)][1] for b in inputs]
+    LEFT.swap(None)
+    first.forward(*inputs[0])
+    with ThreadPoolExecutor(1) as other:
+        other.submit(first.forward, *inputs[1]).result()
+        assert torch.equal(second.forward(*inputs[0]), want[0])
+        assert torch.equal(other.submit(second.forward, *inputs[1]).result(), want[1])
+        other.submit(LEFT.swap, None).result()
 
 
 @pytest.mark.gpu

@@ -146,6 +146,18 @@ def test_a_truncated_file_is_one_clear_error(
         wrapper_of(tmp_path, LAYOUTS["int8"], 3).load_weights(torch.arange(4))
 
 
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """Linux allows any bytes; the extension, which opens the file itself, takes them, too."""
+    folder = tmp_path / os.fsdecode(b"w\xff")
+    folder.mkdir()
+    path = write_layer(folder, LAYOUTS["int8"], 3)
+    wrapper = wrapper_of(folder, LAYOUTS["int8"], 3)
+    wrapper.load_weights(torch.arange(4))
+    assert wrapper.cpu_slots() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="can't decode byte 0xff"):
+        wrapper._layer.load_file(os.fsencode(path), [[2**40] * 3] * 3, None, [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("begin", [-64, 1 << 40, 2**63 - 64])
 def test_a_place_outside_the_file_is_refused_before_anything_is_read(
     tmp_path: Path, begin: int

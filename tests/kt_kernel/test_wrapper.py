@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -76,6 +79,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
     ("change", "message"),
     [
         ({"method": "LLAMAFILE"}, "'LLAMAFILE': expected one of AMXINT4, AMXINT8"),
+        ({"method": ["AMXINT4"]}, r"\['AMXINT4'\]: expected one of"),
         ({"hidden_size": 200}, "hidden_size is 200: expected a positive multiple of 64"),
         ({"num_gpu_experts": 5}, "num_gpu_experts .* is 5: expected 0 to 4"),
         ({"num_gpu_experts": -1}, "is -1: expected 0 to 4"),
@@ -171,6 +175,8 @@ def test_bad_tensors() -> None:
         wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.up, IDENTITY)
     with pytest.raises(UserError, match=r"gate_proj is torch\.int32"):
         wrapper.load_weights_from_tensors(layer.gate.int(), layer.up, layer.down, IDENTITY)
+    with pytest.raises(UserError, match="gate_proj is None: expected bfloat16"):
+        wrapper.load_weights_from_tensors(cast(torch.Tensor, None), layer.up, layer.down, IDENTITY)
     layer.up[2, 7, 9] = float("inf")
     with pytest.raises(UserError, match="layer 3: weight at row 7, column 9 is inf"):
         wrapper.load_weights_from_tensors(layer.gate, layer.up, layer.down, IDENTITY)
@@ -182,6 +188,12 @@ def test_bad_calls() -> None:
     for args, message in (
         ((x[:, :64], ids, weights), "hidden_states is"),
         ((x.half(), ids, weights), "hidden_states is torch.float16"),
+        (
+            (cast(torch.Tensor, x.tolist()), ids, weights),
+            "hidden_states is list: expected a tensor",
+        ),
+        ((cast(torch.Tensor, None), ids, weights), "hidden_states is NoneType: expected a tensor"),
+        ((x, ids.to_sparse(), weights), "topk_ids is torch.sparse_coo: expected a dense"),
         ((x, ids[:4], weights), "topk_ids is"),
         ((x, ids.float(), weights), "topk_ids is torch.float32"),
         ((x, ids, weights.half()), "topk_weights is torch.float16"),
@@ -209,6 +221,25 @@ def test_bad_calls() -> None:
 def test_forward_before_weights_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="the layer has no weights: call load_weights first"):
         KTMoEWrapper(**ARGUMENTS).forward(*random_batch(SHAPE, 1), 0)
+
+
+def test_a_call_after_a_fork_is_an_error() -> None:
+    """The workers stay behind: a call in the child would wait for ever."""
+    wrapper = RandomLayer(SHAPE).wrapper("int8")
+    call = random_batch(SHAPE, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            wrapper.forward(*call)
+        except UserError as error:
+            os._exit(0 if "this process was forked" in str(error) else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.isfinite(wrapper.forward(*call)).all()
 
 
 def test_capture_sizes() -> None:
