@@ -53,7 +53,7 @@ def test_choice_of_cpus(
 
 def make_engine(threads: int, pools: int = 1) -> _ext.Engine:
     """A new one, whatever there is in the cache."""
-    return engine._engine.__wrapped__(threads, pools, "scalar")
+    return engine._engine.__wrapped__(threads, pools, "scalar", 0)
 
 
 def test_no_cpu_left_beside_the_gpu_is_said(
