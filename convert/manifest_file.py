@@ -14,7 +14,7 @@ from typing import Any
 from convert.model_config import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 from convert.preflight import INPUT_DTYPES
 from kt_kernel.errors import UserError
-from kt_kernel.files import Fields, FileMissing, NotJson, read_fields
+from kt_kernel.files import Fields, FileMissing, NotJson, NotObject, read_fields
 from kt_kernel.packed import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -95,9 +95,9 @@ def read_manifest(path: Path, check_digest: bool = True) -> Fields:
         version = found.integer("format_version")
     except FileMissing:
         raise
-    except NotJson as error:
-        raise Damaged(str(error)) from None
     except UserError as error:
+        if isinstance(error, NotJson) and not isinstance(error, NotObject):
+            raise Damaged(str(error)) from None
         raise UserError(
             f"{error}: it is not a manifest of this program, choose another --output or delete it"
         ) from None

@@ -40,6 +40,10 @@ class NotJson(UserError):
     """A file holds no JSON object: it is damaged, or of another kind."""
 
 
+class NotObject(NotJson):
+    """A file holds JSON, but no object."""
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading; the descriptor.
 
@@ -151,7 +155,7 @@ def read_fields(path: Path, limit: int = LARGEST_JSON, advice: str = "") -> Fiel
 
     Raises:
         FileMissing: there is no file.
-        NotJson: it is not JSON, or no object.
+        NotJson: it is not JSON, or (NotObject) something else than an object.
         UserError: it cannot be read.
     """
     content = read_file(path, limit)
@@ -160,7 +164,7 @@ def read_fields(path: Path, limit: int = LARGEST_JSON, advice: str = "") -> Fiel
     except ValueError as error:
         raise NotJson(_advised(f"{path} is not valid JSON ({error})", advice)) from None
     if not isinstance(value, dict):
-        raise NotJson(_advised(f"{path} holds {shown(value)}, expected a JSON object", advice))
+        raise NotObject(_advised(f"{path} holds {shown(value)}, expected a JSON object", advice))
     return Fields(value, str(path))
 
 

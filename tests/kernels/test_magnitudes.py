@@ -58,7 +58,7 @@ def row(magnitude: float, kind: str, seed: int) -> np.ndarray:
 @given(
     magnitude=st.floats(1e-45, 1e38) | st.integers(-45, 38).map(lambda e: float(f"3.1e{e}")),
     kind=st.sampled_from(["all", "few", "outliers"]),
-    gain=st.sampled_from([2.0**-30, 1.0, 2.0**40, 2.0**120]),
+    gain=st.sampled_from([2.0**-30, 1.0, 2.0**40]),
     weight=st.sampled_from([1e-20, 0.3, 1e30]),
     method=st.sampled_from(packed.METHODS),
     many=st.booleans(),
@@ -89,15 +89,20 @@ def test_every_magnitude(
     assert error <= BOUND * largest + lost, (error, largest)
 
 
+# Else the intermediate values would be too small for floats; with the larger one, a sum times the
+# weights' scale would be too large.
+@pytest.mark.parametrize("gain", [2.0**100, 2.0**123])
 @pytest.mark.parametrize("magnitude", [3e-37, 1e-38, 1e-41, 1e-45])
-def test_tiny_rows_match_definition(target: str, method: str, magnitude: float) -> None:
+def test_tiny_rows_match_definition(
+    target: str, method: str, magnitude: float, gain: float
+) -> None:
     """127 / max overflows for these, and max / 127 has few bits or none."""
-    gain = 2.0**100  # else the intermediate values would be too small for floats
     many = layer(gain)
     x = np.stack([row(magnitude, "all", seed) for seed in range(10)])
     ids, weights = torch.ones(10, 1, dtype=torch.int32), torch.full((10, 1), 0.7)
     experts = many.packed(method)
     found = wrapper(gain, method, target).forward(torch.from_numpy(x), ids, weights)
     assert found.any()
+    assert found.isfinite().all()
     want = reference.moe(x, ids.numpy(), weights.numpy(), experts, True)
     reference.assert_same(found, want)
