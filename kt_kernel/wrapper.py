@@ -277,7 +277,9 @@ class KTMoEWrapper:
             reason = error.object.decode(errors="backslashreplace")
             raise UserError(f"layer {self.layer_idx}: {reason}") from None
         except RuntimeError as error:
-            raise UserError(f"layer {self.layer_idx}: {error}") from None
+            # Some Pythons leave out what is no text.
+            reason = str(error) or "its file cannot be read"
+            raise UserError(f"layer {self.layer_idx}: {reason}") from None
         return path
 
     def load_weights_from_tensors(

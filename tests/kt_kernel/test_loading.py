@@ -154,7 +154,8 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     wrapper = wrapper_of(folder, LAYOUTS["int8"], 3)
     wrapper.load_weights(torch.arange(4))
     assert wrapper.cpu_slots() == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="can't decode byte 0xff"):
+    # What it says of the file is no text either: one Python raises that, another says nothing.
+    with pytest.raises((UnicodeDecodeError, RuntimeError)):
         wrapper._layer.load_file(os.fsencode(path), [[2**40] * 3] * 3, None, [0, 1, 2, 3])
 
 
