@@ -127,7 +127,7 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     try:
         value = json.loads(text)
-        if not _is_shallow(value):
+        if is_deeper(value, DEEPEST_JSON):
             raise RecursionError
         if _SURROGATE.search(text):  # half a character cannot be written again
             json.dumps(value, ensure_ascii=False).encode()
@@ -138,16 +138,16 @@ def parse_json(content: bytes | str) -> Any:
     return value
 
 
-def _is_shallow(value: object) -> bool:
-    """Whether lists and objects in each other are at most ``DEEPEST_JSON`` levels."""
-    level = [value]
-    for _ in range(DEEPEST_JSON):
+def is_deeper(document: object, depth: int) -> bool:
+    """Whether lists and objects of parsed JSON lie more than ``depth`` deep inside one another."""
+    level = [document]
+    for _ in range(depth):
         lists = (v for v in level if isinstance(v, list))
         objects = (v.values() for v in level if isinstance(v, dict))
         level = [v for vs in (*lists, *objects) for v in vs if isinstance(v, dict | list)]
         if not level:
-            return True
-    return False
+            return False
+    return True
 
 
 def read_fields(path: Path, limit: int = LARGEST_JSON, advice: str = "") -> Fields:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from kt_kernel.files import is_deeper
 from kt_kernel.sglang_plugin.edge.fields import FIELDS, MAX_ANSWERS, SAMPLING
 from kt_kernel.sglang_plugin.edge.kinds import (
     MAX_DEPTH,
@@ -10,7 +11,6 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     Limits,
     Problem,
     Said,
-    is_deeper,
 )
 
 PROMPTS = ("prompt", "text", "input_ids", "input", "items", "documents", "instances")

@@ -4,7 +4,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
+
+from kt_kernel.files import is_deeper
 
 MAX_DEPTH = 100
 """Lists and objects inside one another. xgrammar takes gigabytes for a JSON schema of thousands."""
@@ -328,23 +330,6 @@ class Either:
             if not found:
                 return
         yield from found
-
-
-def is_deeper(document: Any, depth: int) -> bool:
-    """Whether lists and objects lie more than ``depth`` deep inside one another."""
-    level = [document]
-    for _ in range(depth):
-        level = [
-            child
-            for node in level
-            for child in (
-                node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-            )
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return False
-    return True
 
 
 def as_json(value: object) -> str:
