@@ -6,7 +6,9 @@
 #   base -> tools -> build: the wheel      base -> packages -> runtime -> gpu: what serves on a card
 #   gpu -> test: the wheel on trial        runtime -> demo: the Hub of compose/cpu.yml
 #                                          base -> router: what compose/replicas.yml adds
-ARG BASE_IMAGE=nvidia/cuda:13.0.1-base-ubuntu24.04
+#
+# What a step needs from elsewhere is mounted below /run, itself a mount: it leaves no empty folders.
+ARG BASE_IMAGE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04@sha256:f8ef28f579ea42a44b415d2c5d46f788e6a9b395c6c83f2929416e1fc192c143
 
 # ---- base: Python and what SGLang needs from the distribution ------------------------------------
 # hadolint ignore=DL3006
@@ -46,15 +48,17 @@ RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --no-index
 # Before the wheel, so that a change of this project leaves the 11 GB alone.
 FROM base AS packages
 COPY requirements/run.txt /tmp/run.txt
-RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
-    --mount=type=bind,source=docker/prune.sh,target=/run/prune.sh \
-    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+# It says what it fetches: this is most of a first build's time.
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,source=docker/prune.py,target=/run/prune.py \
+    --mount=type=bind,from=tools,source=/opt/build,target=/run/build \
     --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
-    && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
+    && sh /run/pip.sh uv pip install --no-cache --compile-bytecode \
        --python /opt/venv/bin/python --require-hashes -r /tmp/run.txt \
-    && sh /run/prune.sh /opt/venv/lib/python3*/site-packages \
+    && /opt/venv/bin/python /run/prune.py /opt/venv/lib/python3*/site-packages \
     && rm /tmp/run.txt
 
 # ---- runtime: no compiler, no pip, no cache, no root ---------------------------------------------
@@ -66,24 +70,27 @@ LABEL org.opencontainers.image.title="DeepSeek V3.2 on one GPU host" \
       org.opencontainers.image.description="Stock SGLang with the experts on the CPU: download, convert, serve" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-RUN --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
-    --mount=type=bind,from=build,source=/wheels,target=/wheels \
-    /opt/build/bin/uv pip install --quiet --no-cache --no-deps --no-index --compile-bytecode \
-      --python /opt/venv/bin/python /wheels/*.whl \
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,from=tools,source=/opt/build,target=/run/build \
+    --mount=type=bind,from=build,source=/wheels,target=/run/wheels \
+    /run/build/bin/uv pip install --quiet --no-cache --no-deps --no-index --compile-bytecode \
+      --python /opt/venv/bin/python /run/wheels/*.whl \
     && installed=$(python -c 'import kt_kernel; print(kt_kernel.__version__)') \
     && case "$VERSION" in unknown|"$installed") ;; \
-         *) echo "error: VERSION is $VERSION, but the package is $installed" >&2; exit 2 ;; esac \
-    && groupadd --gid 10001 kt \
-    && useradd --uid 10001 --gid kt --home-dir /home/kt --create-home --shell /usr/sbin/nologin kt \
-    && install -d -o kt -g kt /models /weights /cache \
-    && install -d -m 1777 /run/kt
+         *) echo "error: VERSION is $VERSION, but the package is $installed" >&2; exit 2 ;; esac
+# A new volume gets its mode from here: whoever RUN_AS names may write to it.
+RUN groupadd --gid 10001 kt \
+    && useradd --uid 10001 --gid kt --home-dir /cache --no-create-home --shell /usr/sbin/nologin kt \
+    && install -d -m 1777 /models /weights /cache /run/kt
 # HOME and the caches are a volume and a tmpfs in docker-compose.yml: the root may be read-only.
 ENV HOME=/cache XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton HF_HOME=/cache/huggingface \
-    SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=false
+    FLASHINFER_WORKSPACE_BASE=/cache
 WORKDIR /app
 COPY entrypoint.py /app/entrypoint.py
-RUN --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
-    python /run/licences.py > /app/licences.txt
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker,target=/run/docker \
+    python -B /run/docker/licences.py > /app/licences.txt \
+    && python -B /run/docker/sbom.py > /app/sbom.json
 USER 10001:10001
 EXPOSE 30000
 ENTRYPOINT ["python", "/app/entrypoint.py"]
@@ -105,11 +112,12 @@ HEALTHCHECK --interval=5s --timeout=5s --retries=12 \
 # distribution's compiler and Python's headers. Without a card nothing is compiled at run time.
 FROM runtime AS gpu
 USER 0:0
-RUN --mount=type=bind,source=docker/apt-install.sh,target=/run/apt-install.sh \
-    --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker,target=/run/docker \
     --mount=type=secret,id=apt_conf,target=/etc/apt/apt.conf.d/99build \
-    sh /run/apt-install.sh g++ python3-dev \
-    && python /run/licences.py > /app/licences.txt
+    sh /run/docker/apt-install.sh g++ python3-dev \
+    && python -B /run/docker/licences.py > /app/licences.txt \
+    && python -B /run/docker/sbom.py > /app/sbom.json
 USER 10001:10001
 
 # ---- test: the kernel's tests on the wheel, in the Python and the libc that will run it ----------
@@ -118,8 +126,9 @@ FROM gpu AS test
 USER 0:0
 WORKDIR /src
 COPY requirements/test.txt requirements/
-RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
-    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/run/build \
     --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     sh /run/pip.sh uv pip install --quiet --no-cache \
@@ -129,26 +138,32 @@ COPY CMakeLists.txt pyproject.toml ./
 COPY csrc csrc
 COPY tests tests
 # They leave files of 8 TiB without content, which the engine would read to the end for the layer.
-RUN python -m pytest -q -p no:cacheprovider tests/kernels tests/kt_kernel && \
+RUN python -m pytest -q -p no:cacheprovider tests/csrc/test_*.py tests/kt_kernel && \
     rm -rf /tmp/pytest-of-*
 
 # ---- router: what compose/replicas.yml puts before several servers -------------------------------
 FROM base AS router
 COPY requirements/router.txt /tmp/router.txt
-RUN --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
-    --mount=type=bind,from=tools,source=/opt/build,target=/opt/build \
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker/pip.sh,target=/run/pip.sh \
+    --mount=type=bind,from=tools,source=/opt/build,target=/run/build \
     --mount=type=secret,id=pip_conf,target=/run/secrets/pip_conf \
     --mount=type=secret,id=ca_bundle,target=/run/secrets/ca_bundle \
     sh /run/pip.sh uv venv --quiet --python /usr/bin/python3 /opt/venv \
     && sh /run/pip.sh uv pip install --quiet --no-cache --compile-bytecode \
        --python /opt/venv/bin/python --require-hashes -r /tmp/router.txt \
     && rm /tmp/router.txt
-COPY docker/router.sh /app/router.sh
-RUN --mount=type=bind,source=docker/licences.py,target=/run/licences.py \
-    python /run/licences.py > /app/licences.txt
+COPY kt_kernel /app/kt_kernel
+COPY convert /app/convert
+COPY deploy /app/deploy
+RUN --mount=type=tmpfs,target=/run \
+    --mount=type=bind,source=docker,target=/run/docker \
+    python -B /run/docker/licences.py > /app/licences.txt \
+    && python -B /run/docker/sbom.py > /app/sbom.json
+WORKDIR /app
 USER 10001:10001
 EXPOSE 30000
-ENTRYPOINT ["sh", "/app/router.sh"]
+ENTRYPOINT ["python", "-m", "deploy.router"]
 
 # ---- what a build without a target makes ---------------------------------------------------------
 FROM gpu

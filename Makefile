@@ -4,8 +4,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 WORK   ?= .demo
 
-# What the extension is built from: a change rebuilds it.
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+# What the extension is built from: a change rebuilds it. So does a Python file that comes or goes,
+# since the installed package knows them by name.
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f) \
+  $(shell find kt_kernel/. convert/. deploy/. -type d -not -name __pycache__)
 
 # Where it is set, as in some machines' images, each start of SGLang compiles what it imports again:
 # 25 s of processor time for each of its three processes.
@@ -13,8 +15,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: compose-there help venv demo tiny quality test test-fast test-system test-all sanitize numa-test amx-test amx-report gpu-test \
-        lint style tidy types mutants docs docs-check bench rehearsal lock download convert serve check smoke health status doctor \
-        clean clean-demo image image-test up up-cpu down logs ps chat
+        lint style tidy types mutants docs docs-check sbom bench rehearsal lock download convert serve check smoke health status bundle unbundle doctor \
+        clean clean-demo image image-there image-test up up-cpu follow down logs ps chat
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,34 +86,61 @@ ifneq ($(LOCAL)$(if $(HAS_COMPOSE),,1),)
 convert: venv ## convert in the container; on the host with LOCAL=1 or where there is no Compose
 	$(BIN)/python entrypoint.py $@
 else
-convert:
+convert: image-there
 	$(COMPOSE) run --rm --no-deps convert
 endif
 
+# For a host without a network: docs/clusters.md. PARTS="weights image" takes these only.
+BUNDLE ?= bundle
+PARTS  ?=
+# Compose reads it from .env, too.
+bundle: IMAGE ?= $(if $(HAS_COMPOSE),$(shell docker compose -f docker-compose.yml config --images preflight 2>/dev/null))
+bundle: venv ## all that a host without a network needs, in BUNDLE, with checksums; PARTS="model weights image wheels source"
+	$(BIN)/python entrypoint.py bundle "$(BUNDLE)" $(PARTS:%=--part %) $(IMAGE:%=--image %)
+
+unbundle: ## check what is in BUNDLE and install it, without a network
+	$(PYTHON) entrypoint.py unbundle "$(BUNDLE)" $(PARTS:%=--part %)
+
 # ---- in containers: docs/operations.md -------------------------------------------------------------
 
-# Overrides by name: make up WITH="speciale monitoring"
-WITH    ?=
-COMPOSE := docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
+# Overrides by name: make up WITH="speciale monitoring". If it is not given, those that the containers
+# were started with; they are looked up when a target needs them.
+ifeq ($(origin WITH),undefined)
+WITH     = $(eval WITH := $$(shell sh compose/overrides.sh))$(WITH)
+endif
+COMPOSE  = docker compose -f docker-compose.yml $(WITH:%=-f compose/%.yml)
+FOLLOW   = $(COMPOSE) exec status python /app/entrypoint.py status --follow
+# Each image is built for one service; the others use it.
+SERVICES = preflight $(if $(filter cpu,$(WITH)),hub) $(if $(filter replicas,$(WITH)),router)
+BUILD    = COMPOSE="$(COMPOSE)" sh docker/build.sh
 
-image image-test up up-cpu down logs ps chat: compose-there
+image image-there image-test up up-cpu follow down logs ps chat: compose-there
 
 compose-there:
 	@$(if $(HAS_COMPOSE),,echo "error: 'docker compose' does not run here: install Docker Engine 20.10 and Compose 2.24 or later, or run the stages on the host (make download, convert, serve)" >&2; exit 2)
 
-image: ## build the image of all stages, and the router's with WITH=replicas
-	REVISION=$$(git rev-parse --short HEAD) IMAGE_VERSION=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) \
-	  $(COMPOSE) build serve $(if $(filter replicas,$(WITH)),router)
+image: ## build the image of all stages, the local Hub's with WITH=cpu, the router's with WITH=replicas
+	$(BUILD) $(SERVICES)
+
+image-there:
+	@$(BUILD) --missing $(SERVICES)
 
 # The tests run while it is built; the image itself is of no use.
 image-test: ## test the kernels on the wheel, in the image's own Python
-	IMAGE=$${TEST_IMAGE:-deepseek-v32-test:local} IMAGE_TARGET=test docker compose -f docker-compose.yml build serve
+	IMAGE=$${TEST_IMAGE:-deepseek-v32-test:local} IMAGE_TARGET=test docker compose -f docker-compose.yml build preflight
 
-up: ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
+# First in a container that is thrown away: a mistake shall not take down what runs.
+up: image-there ## download, convert and serve in containers; WITH="speciale monitoring" adds overrides
+	$(COMPOSE) run --rm --no-deps preflight check --first
 	$(COMPOSE) up -d
+	@echo 'It goes on without this terminal; Ctrl-C ends this view only, and `make follow` is the view again.'
+	@$(FOLLOW)
 
-up-cpu: ## the same on the tiny checkpoint, with no GPU; returns when it serves
-	docker compose -f docker-compose.yml -f compose/cpu.yml up -d --wait serve
+up-cpu: ## the same on the tiny checkpoint, with no GPU
+	@$(MAKE) --no-print-directory up WITH=cpu
+
+follow: ## what the stages are doing, until the server is ready or a stage has failed
+	@$(FOLLOW)
 
 down: ## stop and remove the containers; the volumes stay
 	$(COMPOSE) down --remove-orphans
@@ -119,8 +148,9 @@ down: ## stop and remove the containers; the volumes stay
 logs: ## follow the logs of all stages
 	$(COMPOSE) logs -f --tail 100
 
-ps: ## what each stage is doing
+ps: ## what each stage is doing, and why one failed
 	$(COMPOSE) ps -a
+	@$(COMPOSE) exec -T status python /app/entrypoint.py status --each || true
 
 chat: ## ask the server that runs in the container
 	$(COMPOSE) run --rm --no-deps client
@@ -134,7 +164,7 @@ doctor: venv ## what this machine has and lacks; neither model nor weights are n
 # of this.
 PYTEST = $(BIN)/python -m pytest -n $(or $(JOBS),logical) --maxprocesses 8 --dist loadscope --no-loadscope-reorder
 # What needs more than a user's rights, or minutes of emulation.
-SYSTEM := docker or numa or sanitizer
+SYSTEM := docker or cluster or numa or sanitizer
 
 test: venv ## what needs no root, no engine and no emulated machine; real servers too (ten minutes)
 	$(PYTEST) -m "not ($(SYSTEM))"
@@ -144,8 +174,8 @@ test-fast: venv ## the same without servers, and without what takes long (three 
 
 # More processes than cores: containers and guests often wait.
 test-system: JOBS = 3
-test-system: venv ## containers with an engine of their own (as root), two NUMA nodes, sanitizers
-	$(PYTEST) -m "$(SYSTEM)" tests/docker tests/numa tests/sanitizers
+test-system: venv ## containers and Slurm of their own (as root), two NUMA nodes, sanitizers
+	$(PYTEST) -m "$(SYSTEM)" tests/docker tests/cluster tests/numa tests/sanitizers
 
 test-all: test test-system ## all tests
 
@@ -170,8 +200,8 @@ amx-test: ## on a machine with AMX and PYTHON's torch, numpy, safetensors and py
 	cp $(HOST_BUILD)/_ext*.so kt_kernel/
 	$(PYTHON) -c 'from kt_kernel import _ext; f = dict(_ext.cpu_features()); f["amx_permitted"] or exit("error: this CPU or kernel gives no AMX tiles: " + str(f))'
 	# Without --strict-config: pytest-timeout, whose option is in pyproject.toml, need not be there.
-	$(PYTHON) -m pytest -ra -o addopts= tests/kernels tests/amx tests/kt_kernel/test_wrapper.py
-	$(PYTHON) -m benchmarks.bench_moe --no-rivals --experts 64
+	$(PYTHON) -m pytest -ra -o addopts= tests/csrc tests/kt_kernel/test_wrapper.py
+	$(PYTHON) -m benchmarks.bench_moe --no-baselines --experts 64
 
 gpu-test: venv ## on a machine with an NVIDIA GPU: layers called directly and in graphs, then whole servers, and a table of them
 	@nvidia-smi -L || { echo "error: nvidia-smi finds no NVIDIA GPU" >&2; exit 2; }
@@ -183,13 +213,13 @@ style: $(VENV)/.installed ## the quick ones: ruff, clang-format, hadolint, shell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile tests/docker/prometheus.Dockerfile
-	$(BIN)/shellcheck .ci/run docker/*.sh tests/numa/*.sh
-	$(BIN)/yamllint --strict docker-compose.yml compose tests/docker .hadolint.yaml .yamllint.yaml \
+	$(BIN)/shellcheck .ci/run compose/*.sh docker/*.sh tests/numa/*.sh cluster/apptainer/stage cluster/podman/install cluster/slurm/submit cluster/slurm/*.sh cluster/slurm/*.sbatch
+	$(BIN)/yamllint --strict docker-compose.yml compose cluster/kubernetes cluster/podman tests/docker .hadolint.yaml .yamllint.yaml \
 	  .pre-commit-config.yaml .clang-tidy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp')
 
 # The build leaves its compiler's commands, one for each file of csrc. Paths are followed into headers
-# in one target, which has most of the kernels; in every file that would take minutes. A rival's
+# in one target, which has most of the kernels; in every file that would take minutes. A baseline's
 # layer.cpp needs its sources, which are not here.
 COMMANDS = $$(dirname $$(ls -t build/*/compile_commands.json | head -n 1))
 HEADERS  := --extra-arg=-Xclang --extra-arg=-analyzer-opt-analyze-headers
@@ -197,24 +227,30 @@ tidy: venv ## clang-tidy over all C++, two minutes of one core
 	{ echo csrc/targets/amx.cpp $(HEADERS) -p $(COMMANDS); \
 	  git ls-files 'csrc/*.cpp' ':!csrc/targets/amx.cpp' | sed "s|$$| -p $(COMMANDS)|"; \
 	  git ls-files 'tests/*.cpp' benchmarks/limits/probe.cpp | \
-	    sed 's|$$| -- -std=c++20 -Wall -Wextra -Icsrc -Itests|'; } | \
+	    sed 's|$$| -- -std=c++20 -Wall -Wextra -Icsrc -Itests/csrc|'; } | \
 	  xargs -P $$(nproc) -L 1 $(BIN)/clang-tidy --quiet
 
 types: $(VENV)/.installed ## mypy
 	$(BIN)/mypy
 
-docs: venv ## regenerate what is generated: docs/configuration.md and .env.example
-	$(BIN)/python -m deploy.docs
+docs: venv ## regenerate what is generated: documents of the settings, lists in docker-compose.yml
+	$(BIN)/python -m deploy.settings.docs
+
+# As in an image, where it is /app/sbom.json: docker/sbom.py needs no package.
+sbom: venv ## what is installed, as a CycloneDX document: .cache/sbom.json
+	mkdir -p .cache
+	$(BIN)/python docker/sbom.py > .cache/sbom.json.tmp
+	mv .cache/sbom.json.tmp .cache/sbom.json
 
 docs-check: $(VENV)/.installed ## fail when generated docs are stale
-	$(BIN)/python -m deploy.docs --check
+	$(BIN)/python -m deploy.settings.docs --check
 
-# What the benchmarks need on top of .venv: the tools that build a rival, and plots.
+# What the benchmarks need on top of .venv: the tools that build a baseline, and plots.
 $(VENV)/.bench: requirements/bench.txt $(VENV)/.installed
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/bench.txt
 	touch $@
 
-bench: venv $(VENV)/.bench ## time one MoE layer beside rivals and the machine's limits; QUICK=1: a minute
+bench: venv $(VENV)/.bench ## time one MoE layer beside baselines and the machine's limits; QUICK=1: a minute
 	mkdir -p .cache/benchmarks
 	$(BIN)/python -m benchmarks.bench_moe $(if $(QUICK),--quick) \
 	  --json .cache/benchmarks/moe.json --plot .cache/benchmarks/moe.png
@@ -229,7 +265,7 @@ quality: venv $(VENV)/.bench ## what each format of the experts changes in the t
 	$(BIN)/python -m benchmarks.quality tiny
 
 amx-report: venv ## tile instructions of AMX layer calls, counted beside their closed form
-	$(BIN)/python -m tests.amx.report
+	$(BIN)/python -m tests.csrc.amx.report
 
 clean: clean-demo ## remove everything that make made
 	rm -rf $(VENV) build .cache

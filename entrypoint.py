@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
-"""``python entrypoint.py download|convert|serve|check|smoke|health|status``: see ``--help``."""
+"""``python entrypoint.py STAGE``: see ``--help``.
 
-from deploy.cli import main
+Stages: check, download, convert, serve, smoke, health, status, bundle, unbundle.
+"""
+
+from deploy.command_line import main
 from kt_kernel.program import run_program
 
 if __name__ == "__main__":

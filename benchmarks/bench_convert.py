@@ -23,8 +23,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.machine import describe
-from kt_kernel.packed import METHODS, TensorSpec, header_bytes
+from benchmarks.host_description import describe
+from convert.source.checkpoint import INDEX_NAME
+from convert.source.config import CONFIG_NAME
+from kt_kernel.files.safetensors_header import TensorSpec, header_bytes
+from kt_kernel.files.units import gigabytes
+from kt_kernel.packed import METHODS
 
 HIDDEN, INTERMEDIATE, BLOCK = 7168, 2048, 128
 SHARD_EXPERTS = 32
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dir.exists():
             raise BenchmarkError(f"--dir {args.dir} exists: expected a name that is free")
         if shutil.disk_usage(args.dir.parent).free < needed:
-            raise BenchmarkError(f"--dir {args.dir}: expected {needed / 1e9:.0f} GB of free space")
+            raise BenchmarkError(f"--dir {args.dir}: expected {gigabytes(needed)} of free space")
         args.dir.mkdir()
         try:
             result = _measure(args)
@@ -128,7 +132,7 @@ def _generate(folder: Path, experts: int) -> float:
         "num_hidden_layers": 1,
         "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
     weight_map: dict[str, str] = {}
     seconds = 0.0
     for first in range(0, experts, SHARD_EXPERTS):
@@ -150,7 +154,7 @@ def _generate(folder: Path, experts: int) -> float:
             started = time.monotonic()
             os.fsync(file.fileno())
             seconds += time.monotonic() - started
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
     return seconds
 
 

@@ -18,7 +18,7 @@ from statistics import median, quantiles
 
 import torch
 
-from benchmarks.machine import allowed_cpus, cpu_brand
+from benchmarks.host_description import allowed_cpus, cpu_brand
 from kt_kernel import KTMoEWrapper
 
 LAYERS = 3

@@ -1,10 +1,10 @@
 """Time one MoE layer of V3.2's shape, side by side with the engines people use otherwise.
 
-    python -m benchmarks.bench_moe [--threads N ...] [--quick] [--rivals-dir DIR] [--json FILE]
+    python -m benchmarks.bench_moe [--threads N ...] [--quick] [--baselines-dir DIR] [--json FILE]
 
 Hidden size 7168, intermediate 2048, 32 experts, 8 distinct ones for each token; each call routes
 anew, and the experts together are larger than the caches, so weights come from memory. Engines run
-in processes of their own and are asked in turn, round after round: ours, a rival, ours, ...; all
+in processes of their own and are asked in turn, round after round: ours, a baseline, ours, ...; all
 but the one being timed are stopped. A cell is the median over rounds of the median of a round; a
 ratio is the median over rounds of the two engines' ratio within a round. Limits are measured in the
 same run, before and after.
@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import limits, machine, report, stats
+from benchmarks import limits, result_tables, stats
+from benchmarks.baselines import Baselines, default_folder
 from benchmarks.engines import ENGINES, EngineSpec
 from benchmarks.errors import BenchmarkError
+from benchmarks.host_description import allowed_cpus, describe
 from benchmarks.layer_inputs import CHECK_TOKENS, write_checks, write_sources
 from benchmarks.plot import roofline
-from benchmarks.rivals import Rivals, default_folder
 from benchmarks.worker_process import WORKERS, Worker, WorkerFailed
 from benchmarks.workers.protocol import EXPERT_WEIGHTS, TOP_K
 
@@ -59,12 +60,12 @@ def run(
     threads: int,
     engines: Sequence[EngineSpec],
     plan: Plan,
-    rivals: Rivals | None,
+    baselines: Baselines | None,
     sources: Path,
     checks: dict[str, list[Path]],
 ) -> dict[str, Any]:
     """Limits and all engines with ``threads`` threads, as one entry of the results' "runs"."""
-    probe = rivals.probe if rivals else None
+    probe = baselines.probe if baselines else None
     before = limits.measure(threads, plan.limit_seconds, probe)
     workers: dict[str, Worker] = {}
     rows: list[dict[str, Any]] = []
@@ -73,10 +74,10 @@ def run(
             row = {"key": spec.key, "label": spec.label, "class": spec.bits}
             rows.append(row)
             try:
-                workers[spec.key] = worker = _start(spec, threads, plan, rivals, sources)
+                workers[spec.key] = worker = _start(spec, threads, plan, baselines, sources)
                 row |= worker.description
-                if spec.package and rivals:
-                    row["version"] = rivals.versions[spec.package]
+                if spec.package and baselines:
+                    row["version"] = baselines.versions[spec.package]
                 if spec.checked:
                     row["error"] = _errors(worker, checks)
                 _say(f"{spec.label}: {row['runs_on']}; error {row.get('error', 'not defined')}")
@@ -94,17 +95,17 @@ def run(
 
 
 def _start(
-    spec: EngineSpec, threads: int, plan: Plan, rivals: Rivals | None, sources: Path
+    spec: EngineSpec, threads: int, plan: Plan, baselines: Baselines | None, sources: Path
 ) -> Worker:
-    if spec.package and rivals is None:
-        raise WorkerFailed("left out (--no-rivals)")
+    if spec.package and baselines is None:
+        raise WorkerFailed("left out (--no-baselines)")
     job = {
         "method": spec.method,
         "threads": threads,
         "experts": plan.experts,
         "max_tokens": max(plan.tokens),
         "sources": str(sources),
-        "rival": spec.folder(rivals) if spec.package and rivals else "",
+        "baseline": spec.folder(baselines) if spec.package and baselines else "",
     }
     log = sources / f"{spec.key}.log"
     return Worker(WORKERS / f"{spec.worker}.py", job, log, _ANSWER_SECONDS)
@@ -211,7 +212,7 @@ def by_state(times: Sequence[float], quiet: Sequence[float]) -> dict[str, float 
         "quiet": [time for time, share in pairs if share >= 1 - _MOSTLY],
         "disturbed": [time for time, share in pairs if share <= _MOSTLY],
     }
-    found = {name: stats.median(some) if some else None for name, some in states.items()}
+    found = {name: stats.median(rounds) if rounds else None for name, rounds in states.items()}
     return {**found, "share": sum(quiet) / len(quiet)}
 
 
@@ -244,10 +245,10 @@ def _command() -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.bench_moe",
-        description="Time one MoE layer of V3.2's shape beside the rivals.",
+        description="Time one MoE layer of V3.2's shape beside the baselines.",
     )
     add = parser.add_argument
-    everyone = len(machine.allowed_cpus())
+    everyone = len(allowed_cpus())
     add("--threads", type=int, nargs="+", help="each is one run (all allowed CPUs, and 1)")
     add("--tokens", type=int, nargs="+", help=f"tokens of a call ({' '.join(map(str, TOKENS))})")
     add("--experts", type=int, help="of the layer (32); more where caches are very large")
@@ -255,8 +256,8 @@ def _parse() -> argparse.Namespace:
     add("--seconds", type=float, help="for one engine in one round (0.4)")
     add("--quick", action="store_true", help="under a minute: few calls, a small layer, one run")
     add("--engines", nargs="+", choices=[s.key for s in ENGINES], help="only these")
-    add("--no-rivals", action="store_true", help="ours and the limits only")
-    add("--rivals-dir", type=Path, help="made by 'python -m benchmarks.rivals prepare'")
+    add("--no-baselines", action="store_true", help="ours and the limits only")
+    add("--baselines-dir", type=Path, help="made by 'python -m benchmarks.baselines prepare'")
     add("--json", type=Path, help="write the results there")
     add("--plot", type=Path, help="write a roofline of the first run there, a PNG")
     args = parser.parse_args()
@@ -274,7 +275,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    everyone = len(machine.allowed_cpus())
+    everyone = len(allowed_cpus())
     for threads in args.threads:
         if not 1 <= threads <= everyone:
             raise BenchmarkError(
@@ -289,22 +290,22 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise BenchmarkError("--tokens and --rounds: expected at least 1")
 
 
-def _rivals(args: argparse.Namespace) -> Rivals | None:
-    if args.no_rivals:
+def _baselines(args: argparse.Namespace) -> Baselines | None:
+    if args.no_baselines:
         return None
-    if args.rivals_dir:
-        return Rivals.open(args.rivals_dir)
-    from benchmarks.rivals.prepare import ensure
+    if args.baselines_dir:
+        return Baselines.open(args.baselines_dir)
+    from benchmarks.baselines.prepare import ensure
 
     ensure(default_folder())
-    return Rivals.open(default_folder())
+    return Baselines.open(default_folder())
 
 
 def main() -> None:
     args = _parse()
     try:
         _check_arguments(args)
-        rivals = _rivals(args)
+        baselines = _baselines(args)
         engines = [
             spec
             for spec in ENGINES
@@ -312,11 +313,11 @@ def main() -> None:
             and (not args.engines or spec.key in args.engines)
         ]
         result: dict[str, Any] = {
-            "schema": report.SCHEMA,
+            "schema": result_tables.SCHEMA,
             "date": time.strftime("%Y-%m-%d"),
             "command": _command(),
             "quick": args.quick,
-            "machine": machine.describe(),
+            "machine": describe(),
             "experts": args.plan.experts,
             "runs": [],
         }
@@ -326,11 +327,11 @@ def main() -> None:
             sizes = CHECK_TOKENS[: 1 if args.quick else None]
             checks = write_checks(sources, args.plan.experts, sizes)
             for threads in args.threads:
-                found = run(threads, engines, args.plan, rivals, sources, checks)
+                found = run(threads, engines, args.plan, baselines, sources, checks)
                 result["runs"].append(found)
                 if args.json:  # after each run, so that a long benchmark is never all lost
                     args.json.write_text(json.dumps(result, indent=1) + "\n")
-        print(report.render([result]))
+        print(result_tables.render([result]))
         if args.plot:
             roofline(result["machine"], result["runs"][0], args.plot)
     except BenchmarkError as error:

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import machine, stats
+from benchmarks import stats
+from benchmarks.host_description import describe
+from benchmarks.markdown import table
 from kt_kernel import _ext, packed
 
 ROWS, COLUMNS = 2048, 7168  # one projection of V3.2
@@ -77,20 +79,17 @@ def run(threads: int, rounds: int) -> dict[str, Any]:
                 "cores for the disk": math.ceil(DISK_BYTES_PER_S / best),
             }
         )
-    return {"machine": machine.describe(), "threads": threads, "rounds": rounds, "rows": rows}
+    return {"machine": describe(), "threads": threads, "rounds": rounds, "rows": rows}
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    lines = [
-        "| | M weights/s of a core, best | median | spread | cores for 5 GB/s |",
-        "|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['what']} | {row['best'] / 1e6:.0f} | {row['median'] / 1e6:.0f} "
-            f"| {row['spread']:.0%} | {row['cores for the disk']} |"
-        )
-    return "\n".join(lines)
+    head = ["", "M weights/s of a core, best", "median", "spread", "cores for 5 GB/s"]
+    body = [
+        [row["what"], f"{row['best'] / 1e6:.0f}", f"{row['median'] / 1e6:.0f}",
+         f"{row['spread']:.0%}", str(row["cores for the disk"])]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return "\n".join(table(head, body))
 
 
 def main() -> None:

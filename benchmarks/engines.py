@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.rivals import Rivals
+from benchmarks.baselines import Baselines
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class EngineSpec:
         worker: script of ``benchmarks/workers``.
         method: what the script calls the format of the weights.
         bits: 4 or 8; ours of the same class is what the row is compared with.
-        package: whose version it carries, as the rivals' manifest calls it; ``""`` for ours.
+        package: whose version it carries, as the baselines' manifest calls it; ``""`` for ours.
         min_tokens: calls of fewer tokens say nothing about this engine.
         checked: whether its output is that of the layer.
     """
@@ -31,12 +31,8 @@ class EngineSpec:
     min_tokens: int = 1
     checked: bool = True
 
-    @property
-    def is_ours(self) -> bool:
-        return self.worker == "ours"
-
-    def folder(self, rivals: Rivals) -> str:
-        return str({"kt_upstream": rivals.kt_kernel, "ggml": rivals.ggml}[self.worker])
+    def folder(self, baselines: Baselines) -> str:
+        return str({"kt_upstream": baselines.kt_kernel, "ggml": baselines.ggml}[self.worker])
 
 
 _KT, _LLAMA = "kt-kernel", "llama-cpp-python"

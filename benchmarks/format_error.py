@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kt_kernel import KTMoEWrapper, _ext, packed
+from kt_kernel.host.cpus import allowed_cpus
 
 HIDDEN, INTERMEDIATE, TOKENS = 7168, 2048, 64
 #: Of the tokens, in the rows "outliers".
@@ -59,7 +60,7 @@ def per_row_int4(w: torch.Tensor) -> torch.Tensor:
 def through_packed(method: str) -> Callable[[torch.Tensor], torch.Tensor]:
     def convert(w: torch.Tensor) -> torch.Tensor:
         p = _ext.quantize_projection(w.numpy(), "fp32", None, method)
-        tables = _ext.int4_tables(method) if method in packed.BLOCK_K else None
+        tables = _ext.int4_tables(method) if packed.METHODS[method].block_k else None
         index = p.get("table_index")
         n, k = w.shape
         found = _ext.dequantize_projection(p["codes"], p["scales"], index, tables, n, k, method)
@@ -75,8 +76,8 @@ def kernel_output(weights: Weights, x: torch.Tensor, method: str) -> torch.Tenso
         num_experts_per_tok=1,
         hidden_size=HIDDEN,
         moe_intermediate_size=INTERMEDIATE,
-        cpuinfer_threads=len(_ext.allowed_cpus()),
-        method=packed.SERVED_AS[method],
+        cpuinfer_threads=len(allowed_cpus()),
+        method=packed.METHODS[method].kt_method,
     )
     gate, up, down = weights
     wrapper.load_weights_from_tensors(

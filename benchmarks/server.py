@@ -1,9 +1,8 @@
 """Start the server as users do, ask it things, and leave no process behind."""
 
-import ctypes
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,22 +10,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
-from deploy.settings import is_for
+from deploy.settings.variables import is_for
+from kt_kernel import program
+from kt_kernel.host.addresses import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_LIMIT = 400.0
 """Seconds; a start takes 25 to 45 on an idle machine, several times that on a busy one."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def tutorial_command() -> list[str]:
@@ -37,8 +31,7 @@ def tutorial_command() -> list[str]:
 
 def end_with_parent() -> None:
     """Have the kernel send SIGTERM when the test run dies, however it dies."""
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    program.end_with_parent(signal.SIGTERM)
 
 
 def kill_group(group: int, patience: float = 20.0) -> None:
@@ -76,7 +69,7 @@ def group_members(group: int) -> list[int]:
 class Server:
     """A running server; use it in ``with``, which waits until it is ready.
 
-    settings: environment on top of this process's; KT_HOST and KT_PORT are set here.
+    settings: environment on top of this process's; KT_HOST, KT_PORT and KT_ADMIN_KEY are set here.
     """
 
     settings: Mapping[str, str]
@@ -85,6 +78,7 @@ class Server:
     port: int = field(default_factory=free_port)
     start_limit: float = START_LIMIT
     start_seconds: float = 0.0
+    admin_key: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __enter__(self) -> Self:
         started = time.monotonic()
@@ -104,12 +98,7 @@ class Server:
         self.start_seconds = time.monotonic() - started
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def run_to_end(self) -> int:
@@ -134,6 +123,11 @@ class Server:
     def stop(self) -> None:
         kill_group(self._process.pid)
         self._process.wait()
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """Headers of a request to a route that changes the server."""
+        return {"Authorization": f"Bearer {self.admin_key}"}
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
@@ -181,10 +175,18 @@ class Server:
         result: dict[str, Any] = response.json()
         return result
 
+    def metrics(self) -> str:
+        """What Prometheus gets."""
+        url = f"http://127.0.0.1:{self.port}/metrics"
+        return httpx.get(url, timeout=30, trust_env=False).raise_for_status().text
+
     def _launch(self) -> None:
         shell = {name: value for name, value in os.environ.items() if is_for(name, "serve")}
-        environment = {**shell, **self.settings}
+        # No run is to count into a user's file.
+        counts = {"KT_EXPERT_COUNTS": str(self.log.with_suffix(".counts.json"))}
+        environment = {**shell, **counts, **self.settings}
         environment |= {"KT_HOST": "127.0.0.1", "KT_PORT": str(self.port)}
+        environment["KT_ADMIN_KEY"] = self.admin_key
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.command,
@@ -198,7 +200,6 @@ class Server:
             )
 
     def _is_ready(self) -> bool:
-        # /health generates a token, so it also waits for the warm-up to be over.
         try:
             response = httpx.get(
                 f"http://127.0.0.1:{self.port}/health", timeout=30, trust_env=False

@@ -5,10 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def median(values: Sequence[float]) -> float:
     """Median of at least one value."""
     return statistics.median(values)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """What that share of at least one value does not exceed, between neighbours by the line."""
+    return float(np.quantile(values, share))
 
 
 def spread(values: Sequence[float]) -> float:

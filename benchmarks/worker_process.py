@@ -22,7 +22,7 @@ class WorkerFailed(Exception):
 
 class Worker:
     """A process that holds one engine. It is stopped (SIGSTOP) except while it is asked something:
-    some engines' threads poll for ever and would take the cores from the one being timed.
+    some engines' threads poll forever and would take the cores from the one being timed.
 
     Args:
         script: a script of ``WORKERS``.

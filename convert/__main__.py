@@ -1,6 +1,6 @@
 """Entry point of ``python -m convert``."""
 
-from convert.cli import main
+from convert.command import main
 from kt_kernel.program import run_program
 
 if __name__ == "__main__":

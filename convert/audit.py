@@ -1,32 +1,29 @@
-"""``--verify``: proves a finished output, layer by layer, and changes nothing."""
+"""``--verify``: checks a finished output, layer by layer, and changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from convert import verify
-from convert.checkpoint import Checkpoint
+from convert import read_back
+from convert.layer_choice import shown_layers
 from convert.manifest import Manifest
 from convert.manifest_file import LayerRecord, read_description, read_layers, read_manifest
 from convert.output import check_sums
-from convert.pipeline import Options, chosen_layers, identify, shown_layers
-from convert.preflight import gigabytes
+from convert.pipeline import Options, identify
+from convert.source.checkpoint import Checkpoint
+from convert.source.experts import ExpertSource
 from convert.source_digest import read_source_digest
 from convert.workers import StopRequest, worker_pool
 from convert.writer import hash_file
 from kt_kernel.errors import UserError
-from kt_kernel.files import FileMissing
-from kt_kernel.packed import (
-    MANIFEST_NAME,
-    PackedLayout,
-    check_layer_header,
-    layer_file_name,
-    read_header,
-)
+from kt_kernel.files.foreign import FileMissing
+from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.files.units import gigabytes
+from kt_kernel.packed import MANIFEST_NAME, PackedLayout, check_layer_header, layer_file_name
 
 
 def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None]) -> None:
@@ -46,17 +43,18 @@ def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None
         raise UserError(f"{error}: --output must be the result of a conversion") from None
     description, records = read_description(manifest), read_layers(manifest)
     layout = description.layout
-    options = replace(options, input_type=description.input_type)
-    wanted = chosen_layers(options.layers, description.moe_layers)
+    moe_layers = description.moe_layers
+    wanted = options.layers.of(moe_layers) if options.layers else moe_layers
     with ExitStack() as stack:
         pool = worker_pool(options.threads, options.nodes)
         stack.callback(pool.shutdown)
-        checkpoint = None
+        source = None
         if options.input_path is not None:
             checkpoint = stack.enter_context(Checkpoint(options.input_path))
-            identity = identify(checkpoint, options.input_type, layout.method, options.output)
+            source = ExpertSource(checkpoint, description.input_type)
+            identity = identify(source, layout.method, options.output)
             Manifest(options.output, identity).load()
-        audit = _Audit(options, layout, checkpoint, pool, stop)
+        audit = _Audit(options, layout, source, pool, stop)
         bad = []
         for layer_idx in wanted:
             try:
@@ -76,7 +74,7 @@ def verify_output(options: Options, stop: StopRequest, say: Callable[[str], None
 class _Audit:
     options: Options
     layout: PackedLayout
-    checkpoint: Checkpoint | None
+    source: ExpertSource | None
     pool: ThreadPoolExecutor
     stop: StopRequest
 
@@ -91,9 +89,9 @@ class _Audit:
         path = self.options.output / layer_file_name(layer_idx)
         self._check_file(path, layer_idx, record)
         said = f"ok, {gigabytes(record.bytes)}"
-        if self.checkpoint is None:
+        if self.source is None:
             return said
-        errors = self._check_source(self.checkpoint, path, layer_idx, record)
+        errors = self._check_source(self.source, path, layer_idx, record)
         return f"{said}, source unchanged, error {errors:.4f}"
 
     def _check_file(self, path: Path, layer_idx: int, record: LayerRecord) -> None:
@@ -110,10 +108,10 @@ class _Audit:
             raise UserError(f"{where.removesuffix(' does not match its checksum')} has changed")
 
     def _check_source(
-        self, checkpoint: Checkpoint, path: Path, layer_idx: int, record: LayerRecord
+        self, source: ExpertSource, path: Path, layer_idx: int, record: LayerRecord
     ) -> float:
         """Mean error of the sample, which is quantised once more."""
-        tensors = checkpoint.layer_tensors(layer_idx, self.options.input_type)
+        checkpoint, tensors = source.checkpoint, source.layer_tensors(layer_idx)
         names = [name for shard in tensors.values() for name in shard]
         found = read_source_digest(checkpoint, names, self.pool, self.stop)
         for shard, digest in found.items():
@@ -122,12 +120,11 @@ class _Audit:
                     f"{checkpoint.path / shard} is not what layer {layer_idx} was made from: "
                     f"download that shard again, or convert again if it was replaced on purpose"
                 )
-        errors = verify.check_sample(
+        errors = read_back.check_sample(
             path,
             layer_idx,
             self.layout,
-            checkpoint,
-            self.options.input_type,
+            source,
             self.pool,
             self.stop,
         )

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.durable import replace_file
 from convert.manifest_file import (
     DIGEST_KEY,
     Damaged,
@@ -27,14 +26,15 @@ from convert.manifest_file import (
 )
 from convert.writer import BLANK_DIGEST, SOURCE_KEY
 from kt_kernel.errors import UserError
-from kt_kernel.files import FileMissing, read_file
+from kt_kernel.files.durable import replace_file
+from kt_kernel.files.foreign import FileMissing, read_file
+from kt_kernel.files.safetensors_header import read_header
 from kt_kernel.packed import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MANIFEST_NAME,
     PackedLayout,
     layer_file_name,
-    read_header,
 )
 
 
@@ -43,12 +43,12 @@ class Identity:
     """What makes two conversions the same; layers of different identity never share a directory.
 
     Attributes:
-        fingerprint: of the source, :meth:`convert.checkpoint.Checkpoint.fingerprint`.
+        fingerprint: of the source, :meth:`convert.source.checkpoint.Checkpoint.fingerprint`.
         layout: dimensions and method.
         model_type: of the source's config.
         moe_layers: indices of the layers to convert.
         quantizer: settings of the quantiser that decide the bytes of the output.
-        input_type: dtype of the source's expert weights, ``fp8``, ``bf16`` or ``fp16``.
+        input_type: dtype of the source's expert weights, a name of ``FORMATS``.
         files: digests of the parts of the fingerprint, to name the file that differs.
         shards: layer -> the shards that hold its experts.
         origin: ``repo_id`` and ``revision`` of the source if the download recorded them.
@@ -213,16 +213,16 @@ def _check_same(path: Path, found: Description, identity: Identity) -> None:
             )
 
 
-def _name_source(of: Description | Identity) -> str:
+def _name_source(made: Description | Identity) -> str:
     """A checkpoint in a few words: where it came from, or its dimensions, and its fingerprint."""
-    if "repo_id" in of.origin:
-        name = f"{of.origin['repo_id']} at {of.origin.get('revision', 'an unknown revision')}"
+    if "repo_id" in made.origin:
+        name = f"{made.origin['repo_id']} at {made.origin.get('revision', 'an unknown revision')}"
     else:
         name = (
-            f"{of.model_type} with {len(of.moe_layers)} MoE layers of {of.layout.num_experts} "
-            f"experts, hidden size {of.layout.hidden_size}"
+            f"{made.model_type} with {len(made.moe_layers)} MoE layers of "
+            f"{made.layout.num_experts} experts, hidden size {made.layout.hidden_size}"
         )
-    return f"{name} (fingerprint {of.fingerprint[:12]})"
+    return f"{name} (fingerprint {made.fingerprint[:12]})"
 
 
 def changed_files(found: Description, files: dict[str, str]) -> str:
@@ -230,7 +230,7 @@ def changed_files(found: Description, files: dict[str, str]) -> str:
 
     Args:
         found: what the manifest says.
-        files: :meth:`convert.checkpoint.Checkpoint.file_digests` of the source.
+        files: :meth:`convert.source.checkpoint.Checkpoint.file_digests` of the source.
     """
     if found.files.keys() != files.keys():
         return ""

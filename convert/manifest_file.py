@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.model_config import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
-from convert.preflight import INPUT_DTYPES
+from convert.source.config import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
+from convert.source.formats import FORMATS
 from kt_kernel.errors import UserError
-from kt_kernel.files import Fields, FileMissing, NotJson, NotObject, read_fields
+from kt_kernel.files.foreign import Fields, FileMissing, NotJson, NotObject, read_fields
 from kt_kernel.packed import (
     FORMAT_NAME,
     FORMAT_VERSION,
+    MANIFEST_NAME,
     PROJECTIONS,
     PackedLayout,
     layer_file_name,
@@ -109,6 +110,14 @@ def read_manifest(path: Path, check_digest: bool = True) -> Fields:
     return found
 
 
+def are_complete(directory: Path) -> bool:
+    """Whether a directory holds all packed weights, as their manifest says."""
+    try:
+        return read_manifest(directory / MANIFEST_NAME, check_digest=False).flag("complete")
+    except UserError:
+        return False
+
+
 def read_layers(found: Fields) -> dict[int, LayerRecord]:
     """The records of a parsed manifest.
 
@@ -177,8 +186,8 @@ def read_description(found: Fields) -> Description:
         moe_layers = model.integers("moe_layers", MOST_LAYERS)
         if not moe_layers or sorted(set(moe_layers)) != moe_layers:
             raise model.error("moe_layers", "ascending integers")
-        if source.text("input_type") not in INPUT_DTYPES:
-            raise source.error("input_type", f"one of {', '.join(INPUT_DTYPES)}")
+        if source.text("input_type") not in FORMATS:
+            raise source.error("input_type", f"one of {', '.join(FORMATS)}")
         return Description(
             layout=PackedLayout(
                 model.integer("num_experts", 1, MOST_EXPERTS),

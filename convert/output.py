@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from convert import locks
-from convert.durable import CREATE, named_write_errors, sync_directory, write_error
 from convert.manifest import Identity, Manifest
 from convert.manifest_file import LayerRecord
 from convert.workers import StopRequest
@@ -23,13 +22,9 @@ from convert.writer import (
     read_digests,
 )
 from kt_kernel.errors import UserError
-from kt_kernel.packed import (
-    METHODS,
-    Header,
-    check_layer_header,
-    layer_file_name,
-    read_header,
-)
+from kt_kernel.files.durable import CREATE, named_write_errors, sync_directory, write_error
+from kt_kernel.files.safetensors_header import Header, read_header
+from kt_kernel.packed import METHODS, check_layer_header, layer_file_name
 
 LOCK_NAME = ".convert.lock"
 _LAYER_FILE = re.compile(r"^layer-(\d{3,})\.safetensors$")

@@ -1,4 +1,4 @@
-"""Layer after layer: quantise, write aside, prove, rename, record."""
+"""Layer after layer: quantise, write aside, read back, rename, record."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import os
 import time
 from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from convert import preflight, quantize, verify
-from convert.checkpoint import Checkpoint
+from convert import preflight, quantize, read_back
+from convert.layer_choice import LayerChoice, shown_layers
+from convert.loss_report import Cost, check_report_path, make_report, summary, write_report
 from convert.manifest import Identity, Manifest, changed_files
 from convert.manifest_file import LayerRecord, read_description, read_manifest
 from convert.output import OutputDirectory
-from convert.preflight import gigabytes
-from convert.progress import Progress
-from convert.report import Cost, check_report_path, make_report, summary, write_report
+from convert.progress_bar import Progress
+from convert.source.checkpoint import Checkpoint
+from convert.source.experts import ExpertSource
+from convert.source.origin import read_origin
 from convert.source_digest import SourceDigest, read_source_digest
 from convert.workers import Stopped, StopRequest, run_all, worker_pool
 from convert.writer import SOURCE_KEY, TEMPORARY_SUFFIX, LayerWriter, file_bytes, read_digests
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
-from kt_kernel.packed import MANIFEST_NAME, PROJECTIONS, layer_file_name, read_header
+from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.files.units import gigabytes
+from kt_kernel.packed import MANIFEST_NAME, PROJECTIONS, layer_file_name
 
 #: Seconds between two looks at a layer that another process has.
 _POLL_SECONDS = 0.2
@@ -40,7 +44,7 @@ class Options:
     method: str
     threads: int
     nodes: int
-    layers: tuple[int, int] | None = None
+    layers: LayerChoice | None = None
     report: Path | None = None
 
 
@@ -54,16 +58,17 @@ class LayerResult:
     record: LayerRecord
 
 
-def identify(checkpoint: Checkpoint, input_type: str, method: str, output: Path) -> Identity:
+def identify(source: ExpertSource, method: str, output: Path) -> Identity:
     """Check the source and say what a conversion of it is.
 
     Raises:
         UserError: the source is not as it should be; names the files that have changed since
             ``output`` was made from it.
     """
+    checkpoint = source.checkpoint
     try:
-        layout = preflight.packed_layout(checkpoint, method)
-        preflight.check_source(checkpoint, input_type, layout)
+        layout = source.layout(method)
+        source.check(layout)
     except UserError as error:
         try:
             found = read_description(read_manifest(output / MANIFEST_NAME))
@@ -80,10 +85,10 @@ def identify(checkpoint: Checkpoint, input_type: str, method: str, output: Path)
         model_type=checkpoint.dims.model_type,
         moe_layers=tuple(layers),
         quantizer=quantize.quantizer_settings(method),
-        input_type=input_type,
+        input_type=source.format.name,
         files=checkpoint.file_digests(),
-        shards={idx: tuple(checkpoint.layer_tensors(idx, input_type)) for idx in layers},
-        origin=checkpoint.origin(),
+        shards={idx: tuple(source.layer_tensors(idx)) for idx in layers},
+        origin=read_origin(checkpoint.path),
     )
 
 
@@ -111,23 +116,20 @@ def convert_checkpoint(
     if options.report is not None:
         check_report_path(options.report)
     with Checkpoint(options.input_path) as checkpoint:
-        if options.input_type == "auto":
-            options = replace(options, input_type=preflight.detect_input_type(checkpoint))
-        identity = identify(checkpoint, options.input_type, options.method, options.output)
+        source = ExpertSource(checkpoint, options.input_type)
+        identity = identify(source, options.method, options.output)
         layout = identity.layout
-        wanted = chosen_layers(options.layers, identity.moe_layers)
+        wanted = options.layers.of(identity.moe_layers) if options.layers else identity.moe_layers
         say(
             f"source: {options.input_path}, {identity.model_type}, {len(identity.moe_layers)} MoE "
-            f"layers of {layout.num_experts} experts, {options.input_type}"
+            f"layers of {layout.num_experts} experts, {identity.input_type}"
         )
         shared = options.layers is not None
         pool = worker_pool(options.threads, options.nodes)
         try:
             with OutputDirectory(options.output, shared) as output:
                 manifest = Manifest(output.path, identity, output.manifest_lock)
-                conversion = _Conversion(
-                    checkpoint, output, manifest, options, pool, stop, progress
-                )
+                conversion = _Conversion(source, output, manifest, options, pool, stop, progress)
                 cost = conversion.run(wanted, on_layers)
         finally:
             pool.shutdown()
@@ -146,38 +148,11 @@ def convert_checkpoint(
             say(f"not converted yet: {len(missing)} layers, {shown_layers(missing)}")
 
 
-def chosen_layers(bounds: tuple[int, int] | None, moe_layers: Collection[int]) -> tuple[int, ...]:
-    """The layers of ``--layers``; all without it.
-
-    Raises:
-        UserError: none of them has experts.
-    """
-    first, last = bounds or (min(moe_layers), max(moe_layers))
-    chosen = tuple(idx for idx in moe_layers if first <= idx <= last)
-    if not chosen:
-        raise UserError(
-            f"--layers {first}-{last} holds no layer with experts: this model has them in layers "
-            f"{shown_layers(moe_layers)}"
-        )
-    return chosen
-
-
-def shown_layers(layers: Collection[int]) -> str:
-    """Ascending indices as people write them: ``3-20, 22``."""
-    runs: list[list[int]] = []
-    for idx in layers:
-        if runs and idx == runs[-1][1] + 1:
-            runs[-1][1] = idx
-        else:
-            runs.append([idx, idx])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
 @dataclass
 class _Conversion:
     """A run of the command, between the checks and the last line."""
 
-    checkpoint: Checkpoint
+    source: ExpertSource
     output: OutputDirectory
     manifest: Manifest
     options: Options
@@ -278,7 +253,7 @@ class _Conversion:
         record = manifest.layers.get(layer_idx)
         if problem == "":
             try:
-                known = record or self._prove(path, layer_idx)
+                known = record or self._read_back(path, layer_idx)
                 problem = self._changed_source(path, layer_idx, known)
                 if not problem and record is None:
                     manifest.update({layer_idx: known})
@@ -295,17 +270,18 @@ class _Conversion:
         Like ``make``, this trusts the files' times; ``--verify`` reads everything.
         """
         made = path.stat().st_mtime_ns
-        tensors = self.checkpoint.layer_tensors(layer_idx, self.options.input_type)
+        checkpoint = self.source.checkpoint
+        tensors = self.source.layer_tensors(layer_idx)
         newer = {
             shard: names
             for shard, names in tensors.items()
-            if (self.checkpoint.path / shard).stat().st_mtime_ns > made
+            if (checkpoint.path / shard).stat().st_mtime_ns > made
         }
         for shard, names in newer.items():
-            found = read_source_digest(self.checkpoint, names, self.pool, self.stop)
+            found = read_source_digest(checkpoint, names, self.pool, self.stop)
             if found[shard] != record.source.get(shard):
                 return (
-                    f"{self.checkpoint.path / shard} has changed since layer {layer_idx} was made "
+                    f"{checkpoint.path / shard} has changed since layer {layer_idx} was made "
                     f"from it"
                 )
         if newer:
@@ -313,15 +289,15 @@ class _Conversion:
                 os.utime(path)
         return ""
 
-    def _prove(self, path: Path, layer_idx: int) -> LayerRecord:
-        """Prove a file that the manifest does not know, and say what it should say.
+    def _read_back(self, path: Path, layer_idx: int) -> LayerRecord:
+        """Compare a file with the source; what the manifest should say of it.
 
         Raises:
             UserError: the file is not what the source gives.
         """
         layout = self.manifest.identity.layout
-        sha256, errors = verify.verify_layer_file(
-            path, layer_idx, layout, self.checkpoint, self.options.input_type, self.pool, self.stop
+        sha256, errors = read_back.verify_layer_file(
+            path, layer_idx, layout, self.source, self.pool, self.stop
         )
         header = read_header(path)
         source = read_digests(header, SOURCE_KEY)
@@ -332,39 +308,33 @@ class _Conversion:
     def _convert_layer(self, layer_idx: int) -> LayerResult:
         """Convert one layer; its file and its manifest entry exist afterwards, or neither does."""
         started = time.monotonic()
-        identity, checkpoint, input_type = (
-            self.manifest.identity,
-            self.checkpoint,
-            self.options.input_type,
-        )
+        identity, source, checkpoint = self.manifest.identity, self.source, self.source.checkpoint
         layout, method = identity.layout, identity.layout.method
         digest = SourceDigest(checkpoint)
-        items = checkpoint.expert_projections(layer_idx, input_type)
+        items = source.items(layer_idx)
         final = self.output.path / layer_file_name(layer_idx)
         with LayerWriter(final, layout, identity.layer_metadata(layer_idx)) as writer:
             if layout.has_tables:
                 writer.write_tensor("tables", _ext.int4_tables(method))
 
             def fetch(place: int) -> None:
-                for name in items[place].tensors(input_type) if place < len(items) else ():
+                for name in source.tensors(items[place]) if place < len(items) else ():
                     checkpoint.fetch(name)
 
             def convert(place: int) -> None:
                 fetch(place + self.options.threads)  # while this one is quantised
-                quantize.convert_projection(
-                    checkpoint, items[place], input_type, method, writer, digest
-                )
-                for name in items[place].tensors(input_type):
+                quantize.convert_projection(source, items[place], method, writer, digest)
+                for name in source.tensors(items[place]):
                     checkpoint.drop(name)
                 self.progress.step()
 
             tasks = [functools.partial(convert, place) for place in range(len(items))]
             run_all(self.pool, tasks, self.stop)
             writer.seal(self.pool, self.stop, digest.by_shard())
-            record = self._prove(writer.temporary, layer_idx)
+            record = self._read_back(writer.temporary, layer_idx)
             writer.publish()
         self.manifest.update({layer_idx: record})
-        read_bytes = sum(checkpoint.nbytes(item.tensors(input_type)[0]) for item in items)
+        read_bytes = sum(checkpoint.nbytes(source.tensors(item)[0]) for item in items)
         return LayerResult(layer_idx, time.monotonic() - started, read_bytes, record)
 
 

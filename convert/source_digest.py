@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from convert.checkpoint import Checkpoint
+from convert.source.checkpoint import Checkpoint
 from convert.workers import StopRequest, run_all
 
 

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from kt_kernel.host import parse_cpu_list, read_cpu_quota
-
-_SYSFS_NODES = Path("/sys/devices/system/node")
+from kt_kernel.host.cpus import cpus_of_nodes, within_quota
+from kt_kernel.host.limits import read_cpu_quota
 
 
 class Stopped(Exception):
@@ -49,23 +48,7 @@ def default_thread_count(root: Path = Path("/")) -> int:
 
     ``root`` is where ``/proc`` and ``/sys`` are, for tests.
     """
-    count = len(os.sched_getaffinity(0))
-    quota = read_cpu_quota(root)
-    return max(1, count if quota is None else min(count, math.ceil(quota)))
-
-
-def node_cpus(sysfs: Path = _SYSFS_NODES) -> list[set[int]]:
-    """The usable CPUs of each NUMA node that has any; one set of all of them if unknown."""
-    usable = os.sched_getaffinity(0)
-    nodes = []
-    for node in sorted(sysfs.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
-        try:
-            cpus = parse_cpu_list((node / "cpulist").read_text()) & usable
-        except (OSError, ValueError):
-            return [usable]
-        if cpus:
-            nodes.append(cpus)
-    return nodes or [usable]
+    return within_quota(len(os.sched_getaffinity(0)), read_cpu_quota(root), math.ceil)
 
 
 def worker_pool(threads: int, nodes: int) -> ThreadPoolExecutor:
@@ -73,7 +56,7 @@ def worker_pool(threads: int, nodes: int) -> ThreadPoolExecutor:
 
     On a machine with one node, or with ``nodes`` 1, the workers are not bound to anything.
     """
-    places = node_cpus()[:nodes]
+    places = list(cpus_of_nodes().values())[:nodes]
     numbers = itertools.count()
     lock = threading.Lock()
 

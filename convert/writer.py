@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.durable import CREATE, named_write_errors, sync_directory, write_fully
 from convert.workers import StopRequest, run_all
 from kt_kernel.errors import UserError
-from kt_kernel.files import Fields, parse_json
-from kt_kernel.packed import Header, PackedLayout, header_bytes
+from kt_kernel.files.durable import CREATE, named_write_errors, sync_directory, write_fully
+from kt_kernel.files.foreign import Fields, parse_json
+from kt_kernel.files.safetensors_header import Header, header_bytes, raw_type
+from kt_kernel.packed import PackedLayout
 
 TEMPORARY_SUFFIX = ".tmp"
 #: Metadata key of the checksums: JSON, tensor name -> SHA-256 of the tensor's bytes.
@@ -35,8 +36,6 @@ SOURCE_KEY = "source_sha256"
 BLANK_DIGEST = "0" * 64
 
 _CHUNK = 8 << 20
-#: dtype of a tensor of a layer file -> numpy type of its raw bits (numpy has no bf16).
-RAW_TYPES = {"U8": np.uint8, "I8": np.int8, "BF16": np.uint16}
 
 
 def layer_header(
@@ -156,8 +155,8 @@ class LayerWriter:
     def _write(
         self, name: str, expert: int, values: np.ndarray, shape: tuple[int, ...], offset: int
     ) -> None:
-        dtype = RAW_TYPES[self._specs[name].dtype]
-        if values.shape != shape or values.dtype.itemsize != np.dtype(dtype).itemsize:
+        dtype = np.dtype(raw_type(self._specs[name].dtype))
+        if values.shape != shape or values.dtype.itemsize != dtype.itemsize:
             raise RuntimeError(
                 f"{name}: got {values.dtype} {values.shape}, the layout says {dtype} {shape}"
             )

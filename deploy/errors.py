@@ -1,4 +1,4 @@
-"""Several user errors at once, so that a settings file is mended in one go."""
+"""Several user errors at once, so that a settings file can be corrected in one go."""
 
 from __future__ import annotations
 

@@ -21,16 +21,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.progress import gigabytes
-from deploy.report import say
-from deploy.setting import AUTO
-from kt_kernel.errors import UserError
-from kt_kernel.files import read_fields
-from kt_kernel.loading import PROGRESS_VARIABLE
+from deploy.console import say
+from deploy.settings.row import AUTO
+from kt_kernel.errors import UserError, one_line
+from kt_kernel.files.foreign import read_fields
+from kt_kernel.files.units import gigabytes_of
+from kt_kernel.load_progress import PROGRESS_VARIABLE
 
-#: Stages that have a state; the others are over in a moment.
-STATEFUL = ("download", "convert", "serve")
-DONE, FAILED, READY = "done", "failed", "ready"
+DONE, FAILED, READY, WAITING = "done", "failed", "ready", "waiting"
+RESTARTING = "restarting"  # only told, by those who wait whether it is so
+COPYING = "copying weights"
 PROGRESS_SECONDS = 5.0
 #: A reader holds the lock for a moment; another stage holds it longer.
 LOCK_SECONDS = 0.5
@@ -43,12 +43,12 @@ class State:
     """One stage's state.
 
     Attributes:
-        stage: ``download``, ``convert`` or ``serve``.
+        stage: ``check``, ``download``, ``convert`` or ``serve``.
         phase: what it is doing (``downloading``, ``verifying``, ``converting``, ``checking``,
-            ``loading``, ``ready`` ...), or ``done`` or ``failed``.
-        message: the reason of a failure; else empty.
+            ``loading``, ``ready`` ...), or ``done``, ``failed``, ``restarting`` or ``waiting``.
+        message: the reason of a failure or of a restart, or what is waited for; else empty.
         done, total: progress in ``unit``; None where there is nothing to count.
-        unit: ``bytes`` or ``layers``.
+        unit: ``bytes``, ``layers`` or ``servers``.
         pid: of the stage's process, in the PID namespace ``pid_namespace``.
         pid_started: start of that process in clock ticks since the machine's start, because pids
             are used again.
@@ -67,16 +67,24 @@ class State:
     started: float = 0.0
     updated: float = 0.0
 
+    @property
+    def may_listen(self) -> bool:
+        """Whether it is that of a server which has passed its checks."""
+        early = ("starting", "checking", COPYING, WAITING, FAILED)
+        return self.stage == "serve" and self.phase not in early
+
     def line(self) -> str:
         """The state in one line for people."""
-        if self.phase == FAILED:
-            return f"failed: {self.message}"
+        if self.phase in (FAILED, RESTARTING):
+            return f"{self.phase}: {self.message}"
         if self.phase == DONE:
             return f"{self.stage} finished"
+        if self.phase == WAITING:
+            return f"{self.stage} waits for {self.message}"
         if self.done is None or self.total is None:
             return self.phase
         if self.unit == "bytes":
-            return f"{self.phase} {_of_bytes(self.done, self.total)}"
+            return f"{self.phase} {gigabytes_of(self.done, self.total)}"
         return f"{self.phase} {self.done} of {self.total} {self.unit}"
 
     def is_alive(self, directory: Path) -> bool:
@@ -87,13 +95,6 @@ class State:
         if self.pid_namespace != _pid_namespace():
             return _is_locked(_lock_path(directory, self.stage))
         return self.pid_started != 0 and _process_start(self.pid) == self.pid_started
-
-
-def _of_bytes(done: int, total: int) -> str:
-    """``12.3 of 688.6 GB``."""
-    text, unit = gigabytes(total).split(" ", 1)
-    size = {"GB": 1e9, "MB": 1e6, "kB": 1e3}.get(unit, 1.0)
-    return f"{done / size:.1f} of {text} {unit}" if size > 1 else f"{done} of {text} {unit}"
 
 
 def _process_start(pid: int) -> int:
@@ -110,13 +111,16 @@ def _lock_path(directory: Path, stage: str) -> Path:
     return directory / f".{stage}.lock"
 
 
-def _take_lock(path: Path) -> bool:
-    """Lock a file until this process ends; False if another process has it."""
+def _take_lock(path: Path) -> int | None:
+    """Lock a file until this process ends; its descriptor, None if another process has it.
+
+    Where there can be no lock the descriptor is -1.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:
-        return True  # the first write of the state says why
+        return -1  # the first write of the state says why
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -124,15 +128,15 @@ def _take_lock(path: Path) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                return False
+                return None
             time.sleep(0.01)
         except OSError:  # a file system without locks
             os.close(fd)
-            return True
+            return -1
         else:
             # Never closed; SGLang's server, which this process may become, inherits it.
             os.set_inheritable(fd, True)
-            return True
+            return fd
 
 
 def _is_locked(path: Path) -> bool:
@@ -235,7 +239,8 @@ class StageState:
     def __init__(self, directory: Path, stage: str) -> None:
         self._directory = directory
         self._lock = threading.Lock()
-        self._silent = not _take_lock(_lock_path(directory, stage))
+        self._lock_fd = _take_lock(_lock_path(directory, stage))
+        self._silent = self._lock_fd is None
         self._state = State(
             stage,
             "starting",
@@ -248,7 +253,7 @@ class StageState:
 
     def set(self, phase: str, message: str = "") -> None:
         """Say what the stage does now."""
-        self._write(phase=phase, message=message, done=None, total=None, unit="")
+        self._write(phase=phase, message=one_line(message), done=None, total=None, unit="")
 
     def for_server(self) -> dict[str, str]:
         """Environment in which the server that this process becomes says how far it has loaded."""
@@ -262,6 +267,15 @@ class StageState:
     def fail(self, reason: str) -> None:
         """Say why the stage ended."""
         self.set(FAILED, reason)
+
+    def begin(self) -> None:
+        """Say that the work begins now: what waited before counts as started now."""
+        self._write(started=time.time(), phase="starting", message="")
+
+    def hand_over(self) -> None:
+        """Leave the state to the same stage, which this process is about to become again."""
+        if self._lock_fd is not None and self._lock_fd >= 0:
+            os.set_inheritable(self._lock_fd, False)
 
     @contextmanager
     def watch(

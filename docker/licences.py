@@ -75,34 +75,48 @@ def python_lines(site_packages: Path) -> Iterator[tuple[str, bool]]:
         yield "; ".join([f"{distribution.name} {distribution.version}: {says}", *texts]), known
 
 
+def debian_packages(root: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, version and architecture of each installed Debian package, by name.
+
+    Raises:
+        subprocess.CalledProcessError: dpkg-query failed.
+    """
+    query = ["dpkg-query", f"--admindir={root}/var/lib/dpkg", "-W", "-f"]
+    query.append("${db:Status-Status} ${Package} ${Version} ${Architecture}\n")
+    output = subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout
+    for line in sorted(output.splitlines()):
+        status, name, version, architecture = line.split(" ")
+        if status == "installed":
+            yield name, version, architecture
+
+
 def debian_lines(root: Path) -> Iterator[tuple[str, bool]]:
     """A line for each Debian package, and whether its copyright file is there.
 
     Raises:
         subprocess.CalledProcessError: dpkg-query failed.
     """
-    query = ["dpkg-query", f"--admindir={root}/var/lib/dpkg", "-W", "-f"]
-    query.append("${db:Status-Status} ${Package} ${Version}\n")
-    output = subprocess.run(query, check=True, stdout=subprocess.PIPE, text=True).stdout
-    for line in sorted(output.splitlines()):
-        status, name, version = line.split(" ")
-        if status != "installed":
-            continue
+    for name, version, _ in debian_packages(root):
         text = Path("usr/share/doc", name, "copyright")
         known = (root / text).is_file()
         yield f"{name} {version}: " + (f"/{text}" if known else NOT_STATED), known
 
 
-def main() -> int:
-    """Print the list; says on standard error how long it is and what is not known."""
-    parser = argparse.ArgumentParser(description="List packages and their licences.")
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Where the packages are: ``site_packages`` and ``root``."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--site-packages", type=Path, default=Path(sysconfig.get_path("purelib")), metavar="PATH"
     )
     parser.add_argument(
         "--root", type=Path, default=Path("/"), metavar="PATH", help="of Debian's packages"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Print the list; says on standard error how long it is and what is not known."""
+    args = parse_arguments("List packages and their licences.")
     sections = {
         f"Python packages, paths below {args.site_packages}": list(
             python_lines(args.site_packages)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from kt_kernel import DISTRIBUTION, _ext
 from kt_kernel.engine import target_name
 from kt_kernel.errors import UserError
+from kt_kernel.host.cpus import Cpu, allowed_cpus, count_cores
 from kt_kernel.program import run_program
 
 
@@ -21,13 +22,12 @@ def _version(distribution: str) -> str:
 
 
 def _nodes() -> str:
-    nodes: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for cpu, node, rank in _ext.allowed_cpus():
-        nodes[node].append((cpu, rank))
+    nodes: dict[int, list[Cpu]] = defaultdict(list)
+    for cpu in allowed_cpus():
+        nodes[cpu.node].append(cpu)
     parts = []
     for node, cpus in sorted(nodes.items()):
-        cores = sum(rank == 0 for _, rank in cpus)
-        parts.append(f"node {node}: {cores} cores, {len(cpus)} CPUs")
+        parts.append(f"node {node}: {count_cores(cpus)} cores, {len(cpus)} CPUs")
     return "; ".join(parts)
 
 

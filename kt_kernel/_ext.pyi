@@ -1,4 +1,14 @@
-"""Python signatures of the extension (csrc/bindings)."""
+"""Python signatures of the extension (csrc/bindings).
+
+Arrays are C-contiguous and aligned, without copies or casts. T tokens, k experts of each, H hidden
+size, I intermediate size, E experts, [N, K] a projection. bf16 goes as the bits of uint16.
+
+An argument of another type raises TypeError everywhere; one of another dtype, shape, length or
+range, a name that is unknown, an array that the method needs and that is missing, and a weight that
+is not finite raise ValueError with what was found and what was expected. What the system or CUDA
+refuses, memory that runs out and a layer without weights raise RuntimeError. ``Raises`` has what
+else there is.
+"""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -26,21 +36,23 @@ def replace_target(address: int) -> None:
 
     Args:
         address: of its ``Kernels`` (csrc/targets/kernels.h), in a library that stays loaded.
+
+    Raises:
+        ValueError: there is no such table, or it is of an unknown target.
     """
 
-def cpu_features() -> list[tuple[str, bool]]: ...
-def cpu_brand() -> str: ...
-def allowed_cpus() -> list[tuple[int, int, int]]:
-    """(CPU id, NUMA node, rank among the hyperthreads of its core)."""
+def cpu_features() -> list[tuple[str, bool]]:
+    """(name, whether CPU and operating system have it), in a fixed order."""
 
-def choose_cpus(cpus: list[tuple[int, int, int]], threads: int, pools: int) -> list[list[int]]:
-    """CPU ids for ``pools`` groups of workers, ``threads`` in all where there are as many.
+def cpu_brand() -> str:
+    """The CPU's name for itself; empty if it has none."""
 
-    Args:
-        cpus: as from ``allowed_cpus``.
+def codes_shape(n: int, k: int, method: str) -> list[int]:
+    """Shape of one projection's packed codes, [N / 16, K / 8 or K / 4, 64] bytes.
+
+    N and K are multiples of 64 up to 131072, here and wherever a projection is packed.
     """
 
-def codes_shape(n: int, k: int, method: str) -> list[int]: ...
 def quantize_projection(
     weight: NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.float32],
     dtype: str,
@@ -60,9 +72,6 @@ def quantize_projection(
     Returns:
         ``codes``, ``scales`` and, for int4, ``table_index``, shaped as in docs/weight-format.md
         without the expert dimension; int8 codes as uint8 bits, bf16 scales as uint16 bits.
-
-    Raises:
-        ValueError: a shape that cannot be packed, or a weight that is not finite.
     """
 
 def dequantize_projection(
@@ -74,23 +83,49 @@ def dequantize_projection(
     k: int,
     method: str,
 ) -> NDArray[np.float32]:
-    """The [N, K] weights that a packed projection stands for."""
+    """The [N, K] weights that a packed projection stands for; single-threaded, releases the GIL.
+
+    Args:
+        codes: of ``codes_shape``; int8 as uint8 bits.
+        scales: [N], bf16 bits.
+        table_index: [N / 16, K / block, 4], the block 16 or 8 k; None for int8.
+        tables: [256, 16]; None for int8.
+        n: N.
+        k: K.
+        method: one of ``packed.METHODS``.
+    """
 
 def int4_tables(method: str) -> NDArray[np.int8]:
-    """The [256, 16] levels that new int4 weights are encoded with."""
+    """The [256, 16] levels that new weights of a method with tables are encoded with."""
 
 class Job:
+    """A call of a layer that was queued."""
+
     def wait(self) -> None:
-        """Wait for the end; raises what a worker threw."""
+        """Wait for the end, without the GIL.
+
+        Raises:
+            RuntimeError: the call was given up, or what else a worker threw.
+        """
 
 class Engine:
-    """Workers pinned to ``cpus``, group after group; layers are cut into ``slices``."""
+    """Workers pinned to ``cpus``, group after group; layers are cut into ``slices``.
+
+    Args:
+        cpus: CPU ids of each group's workers, a group for each NUMA node.
+        slices: at least as many as groups, at most 1024.
+        target: as ``resolve_target`` takes it.
+    """
 
     def __init__(self, cpus: list[list[int]], slices: int, target: str) -> None: ...
     @property
-    def target(self) -> str: ...
+    def target(self) -> str:
+        """The target's name."""
+
     @property
-    def cpus(self) -> list[list[int]]: ...
+    def cpus(self) -> list[list[int]]:
+        """CPU ids of each group's workers."""
+
     @property
     def totals(self) -> dict[str, int]:
         """Sums over the layer calls that have ended.
@@ -110,7 +145,7 @@ class Engine:
         """Such memory with the dtype and shape of ``array``."""
 
 class ExpertMask:
-    """Which experts the GPU has; stays until the last layer that reads it is gone."""
+    """Which of 1 to 65536 experts the GPU has; stays until the last layer that reads it is gone."""
 
     def __init__(self, num_experts: int) -> None: ...
     @property
@@ -118,7 +153,17 @@ class ExpertMask:
         """[num_experts], the memory itself; may be changed between calls."""
 
 class Layer:
-    """One layer's experts. Bad arguments of any method raise ValueError, or TypeError."""
+    """One layer's experts: E of them, of which a token uses k.
+
+    Args:
+        engine: what computes them.
+        num_experts: E, at most 65536.
+        top_k: k, at most E.
+        hidden_size: H, a multiple of 64 up to 131072.
+        intermediate_size: I, likewise.
+        method: one of ``packed.METHODS``.
+        on_gpu: [E] experts that calls leave out; none without it.
+    """
 
     def __init__(
         self,
@@ -136,7 +181,21 @@ class Layer:
         offsets: list[list[int]],
         tables: NDArray[np.int8] | None,
         source: list[int],
-    ) -> None: ...
+    ) -> None:
+        """Read packed experts from a file, all workers at once; slot s gets expert source[s].
+
+        Args:
+            path: of a layer file whose header was checked.
+            offsets: [3, 3] bytes from the file's start: of gate, up and down, the codes,
+                ``table_index`` (anything for int8) and scales of all experts.
+            tables: [256, 16]; None for int8.
+            source: [E], -1 for a slot that stays empty.
+
+        Raises:
+            ValueError: tables are missing, or source is of another length or names no expert.
+            RuntimeError: the file cannot be read, ends too soon, or memory runs out.
+        """
+
     def load_matrices(
         self,
         weights: Sequence[NDArray[np.uint16] | NDArray[np.float32]],
@@ -146,7 +205,9 @@ class Layer:
         """Quantise gate and up, [E, I, H], and down, [E, H, I]; slot s gets expert source[s].
 
         Args:
+            weights: the three of them; fp32, or the bits of bf16 or fp16.
             dtype: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+            source: [E], -1 for a slot that stays empty.
         """
 
     def submit(
@@ -165,8 +226,26 @@ class Layer:
             out: as many bytes as x, from ``take_like`` or ``take_buffer``; becomes [T, H] in x's
                 dtype. The job holds it, too.
         """
+
     @property
-    def weight_bytes(self) -> int: ...
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in memory; 0 before they are loaded."""
+
+    @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """[num_experts], a copy: how often ids of ended calls named each, on the GPU or here.
+
+        May be read while calls run. Padding and bad ids are not counted.
+        """
+    @property
+    def slices(self) -> list[tuple[int, int, list[list[int]], NDArray[np.uint8]]]:
+        """Each NUMA node's part of the weights: the memory itself, which nobody may write to.
+
+        Of each slice: the first and the last but one of its intermediate channels, whose rows of
+        gate and up and columns of down it has; where in a slot codes, table index and scales of
+        gate, up and down begin, in bytes; and uint8 [num_experts, bytes of a slot], whose layout
+        is that of docs/weight-format.md with these channels alone. The array keeps the layer.
+        """
 
 class StreamContext:
     """What the layers' calls on CUDA streams share; thread-safe.
@@ -182,16 +261,22 @@ class StreamContext:
     """The first failure of any call, naming its layer; empty if there was none."""
 
     def __init__(self, library: str) -> None: ...
+    def register_memory(self, memory: NDArray[np.uint8]) -> None:
+        """Let the card read memory by itself, which must stay until the process ends."""
+
+    def pin_outputs(self, engine: Engine) -> None:
+        """Let the engine's outputs of 128 KiB or more lie in memory that the card reads by itself.
+
+        Those that are taken from now on, where CUDA registers them; else they stay as they are.
+        """
+
     def end_overdue(self, seconds: float) -> None:
-        """Let calls fail that their stream has waited for longer than this."""
+        """Let calls fail that their stream has waited for longer than this, at most a year."""
 
 class StreamLayer:
     """Puts a layer's calls on a CUDA stream; legal inside a capture, and never waits.
 
     With ``deferred``, calls of the experts that the layer defers, which end in the next layer.
-
-    Raises:
-        RuntimeError: what CUDA refuses, calls out of order, or a call that failed earlier.
     """
 
     def __init__(
@@ -207,11 +292,31 @@ class StreamLayer:
         int64_ids: bool,
         weights: int,
     ) -> None:
-        """As ``Layer.submit``; x, ids and weights are addresses on the device.
+        """As ``Layer.submit``, but a bad id is left out and becomes the context's ``failure``.
 
         Args:
+            stream: CUDA's handle; 0 is the default stream.
+            x: address on the device of [tokens, H].
             dtype: of x and of the output, ``"bf16"`` or ``"fp32"``.
+            tokens: T.
+            ids: address on the device of [tokens, k].
+            int64_ids: whether ids are int64, not int32.
+            weights: address on the device of [tokens, k], fp32.
+
+        Raises:
+            ValueError: a null address, an unknown dtype, or tokens out of range.
+            RuntimeError: what CUDA refuses, a submit before it without sync, or a call that failed
+                earlier.
         """
 
     def sync(self, stream: int, out: int) -> None:
-        """``out`` is an address on the device; NaN where the call failed."""
+        """Put the wait for the call, and the copy of its output, on the stream.
+
+        Args:
+            stream: as in ``submit``.
+            out: address on the device of [tokens, H] in x's dtype; NaN where the call failed.
+
+        Raises:
+            ValueError: a null address.
+            RuntimeError: what CUDA refuses, or no submit before it.
+        """

@@ -1,14 +1,57 @@
-"""A layer's call on its way: its tensors, checked and where the extension can read them."""
+"""A layer's call on its way: its inputs, and where its output is had from."""
 
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from kt_kernel import _ext
 from kt_kernel.errors import UserError
+
+#: Of hidden states and outputs; the extension's names for them.
+ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+class Batch(NamedTuple):
+    """A call's inputs, on one device.
+
+    Attributes:
+        x: bf16 or fp32 [T, H], the hidden states.
+        ids: int32 or int64 [T, k], the experts of each token; -1 is none.
+        weights: fp32 [T, k], by what factor each counts.
+    """
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+    def contiguous(self) -> Batch:
+        """The tensors themselves where they are as the extension wants them, else copies.
+
+        Ids keep their dtype: narrowed here, int64 ones outside int32 would become others.
+        """
+        return Batch(self.x.contiguous(), self.ids.contiguous(), self.weights.contiguous())
+
+    def detached(self) -> Batch:
+        """Tensors that NumPy takes."""
+        return Batch(self.x.detach(), self.ids, self.weights.detach())
+
+
+def current_stream(tensor: torch.Tensor) -> int:
+    """Raw handle of the current CUDA stream of the tensor's device; 0 on the CPU."""
+    if not tensor.is_cuda:
+        return 0
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+class Call(Protocol):
+    """A call that was submitted."""
+
+    def result(self) -> torch.Tensor:
+        """Its output [T, H]: waits for it, or puts its end on the stream being captured."""
 
 
 class Queued(NamedTuple):
@@ -17,6 +60,16 @@ class Queued(NamedTuple):
     job: _ext.Job
     output: torch.Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the output."""
+        return self.output.shape
+
+    def result(self) -> torch.Tensor:
+        """Wait for the job; its output, [T, H]."""
+        self.job.wait()
+        return self.output
+
 
 class OnStream(NamedTuple):
     """A call put on the CUDA stream that is being captured, and what its output is like."""
@@ -24,14 +77,19 @@ class OnStream(NamedTuple):
     layer: _ext.StreamLayer
     like: torch.Tensor
 
-    def output(self) -> torch.Tensor:
+    @property
+    def shape(self) -> torch.Size:
+        """Of the output."""
+        return self.like.shape
+
+    def result(self) -> torch.Tensor:
         """Put the call's end on the stream; what its output will be, [T, H]."""
         output = torch.empty_like(self.like)
         self.layer.sync(current_stream(output), output.data_ptr())
         return output
 
 
-C = TypeVar("C", Queued, OnStream)
+Part = TypeVar("Part", Queued, OnStream)
 
 
 class Deferred(NamedTuple):
@@ -40,7 +98,7 @@ class Deferred(NamedTuple):
     layer_idx: int
     call: Queued | OnStream
 
-    def into(self, layer_idx: int, shape: torch.Size, kind: type[C]) -> C | None:
+    def into(self, layer_idx: int, shape: torch.Size, kind: type[Part]) -> Part | None:
         """The call, for the output [T, H] of layer ``layer_idx`` in a pass of this kind.
 
         A pass goes through the layers in their order: what a later layer or this one has left is
@@ -49,18 +107,16 @@ class Deferred(NamedTuple):
         Raises:
             UserError: it is of another batch.
         """
-        call = self.call
-        left = call.output if isinstance(call, Queued) else call.like
-        in_order = self.layer_idx < layer_idx
-        if isinstance(call, kind) and in_order and left.shape == shape:
-            return call
-        if isinstance(call, kind) and in_order:
+        call, in_order = self.call, self.layer_idx < layer_idx
+        if not isinstance(call, kind) or not in_order:
+            return None
+        if call.shape != shape:
             raise UserError(
                 f"layer {layer_idx} is called with {shape[0]} tokens after layer {self.layer_idx} "
-                f"has deferred experts of {left.shape[0]} tokens: expected the same batch; set "
-                "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
+                f"has deferred experts of {call.shape[0]} tokens: expected the same batch; "
+                "set KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
             )
-        return None
+        return call
 
 
 class LeftByThread(threading.local):
@@ -81,78 +137,34 @@ class LeftByThread(threading.local):
 LEFT = LeftByThread()
 
 
-class Pending(NamedTuple):
-    """A submitted call, and what the layer before left for its output."""
+class Started(NamedTuple):
+    """A layer's own experts, and what the layer before has left for the same output."""
 
-    now: Queued
-    before: Queued | None
-
-    def result(self) -> torch.Tensor:
-        """Wait for both; their sum, [T, H]."""
-        self.now.job.wait()
-        if self.before is not None:
-            self.before.job.wait()
-            self.now.output.add_(self.before.output)
-        return self.now.output
-
-
-class CudaCall(NamedTuple):
-    """A call whose inputs are on their way from a CUDA device."""
-
-    copied: torch.cuda.Event
-    x: torch.Tensor
-    ids: torch.Tensor
-    weights: torch.Tensor
-
-
-class CapturedCall(NamedTuple):
-    """A call that a CUDA graph is capturing, and what the layer before left for its output."""
-
-    now: OnStream
-    before: OnStream | None
+    now: Queued | OnStream
+    before: Queued | OnStream | None
 
     def result(self) -> torch.Tensor:
-        """Put both calls' ends on the stream; what their sum will be, [T, H]."""
-        output = self.now.output()
-        return output if self.before is None else output.add_(self.before.output())
+        """The sum of both, [T, H]."""
+        output = self.now.result()
+        return output if self.before is None else output.add_(self.before.result())
 
 
-def contiguous(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors themselves where they are as the extension wants them, else copies.
+class FromCuda(NamedTuple):
+    """A call whose inputs are on their way from a CUDA device.
 
-    Ids keep their dtype: narrowed here, int64 ones outside int32 would become others.
+    Attributes:
+        device: where the output goes.
+        copied: when ``inputs`` are there.
+        inputs: in pinned memory.
+        start: starts the call on the workers.
     """
-    return hidden_states.contiguous(), topk_ids.contiguous(), topk_weights.contiguous()
 
+    device: torch.device
+    copied: torch.cuda.Event
+    inputs: Batch
+    start: Callable[[Batch], Started]
 
-def split_lightest(
-    ids: torch.Tensor, weights: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ids [T, k] without each token's ``count`` smallest weights, and only those; -1 else."""
-    lightest = weights.topk(count, largest=False).indices
-    later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
-    return ids.masked_fill(later, -1), ids.masked_fill(~later, -1)
-
-
-def current_stream(tensor: torch.Tensor) -> int:
-    """Raw handle of the current CUDA stream of the tensor's device; 0 on the CPU."""
-    if not tensor.is_cuda:
-        return 0
-    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
-
-
-def copy_from_cuda(
-    hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-) -> CudaCall:
-    """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
-
-    def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-        return pinned.copy_(tensor, non_blocking=True)
-
-    x, ids, weights = (to_pinned(t) for t in (hidden_states, topk_ids, topk_weights))
-    copied = torch.cuda.Event()
-    copied.record()
-    return CudaCall(copied, x, ids, weights)
+    def result(self) -> torch.Tensor:
+        """Wait for the inputs, then for the call; its output on the device, [T, H]."""
+        self.copied.synchronize()
+        return self.start(self.inputs).result().to(self.device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 import os
 import threading
 import time
@@ -18,7 +17,16 @@ from torch import distributed
 from kt_kernel import _ext
 from kt_kernel.arguments import whole
 from kt_kernel.errors import UserError
-from kt_kernel.host import cpus_beside_experts, huge_page_mode, read_cpu_quota
+from kt_kernel.files.units import ranges
+from kt_kernel.host.cpus import (
+    allowed_cpus,
+    count_cores,
+    cpus_beside_experts,
+    within_quota,
+)
+from kt_kernel.host.limits import read_cpu_quota
+from kt_kernel.host.memory import huge_page_mode
+from kt_kernel.host.reservations import Reservations, folder
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +78,17 @@ def shared_engine(threads: int, pools: int) -> _ext.Engine:
 
 
 @functools.cache
+def _reservations() -> Reservations:
+    return Reservations(folder())
+
+
+@functools.cache
 def _engine(threads: int, pools: int, target: str, _process: int) -> _ext.Engine:
-    cpus = _ext.allowed_cpus()
-    quota = read_cpu_quota()
-    granted = len(cpus) if quota is None else max(1, min(len(cpus), math.floor(quota)))
-    groups = _ext.choose_cpus(cpus, min(threads, granted), pools)
+    cpus, quota = allowed_cpus(), read_cpu_quota()
+    granted = within_quota(len(cpus), quota)
+    groups, shared = _reservations().choose(cpus, min(threads, granted), pools)
     running = sum(len(group) for group in groups)
-    cores = sum(rank == 0 for _, _, rank in cpus)
+    cores = count_cores(cpus)
     if running < threads:
         limit = "" if granted == len(cpus) else f" with a control group's quota of {quota:g}"
         logger.warning(
@@ -94,6 +106,13 @@ def _engine(threads: int, pools: int, target: str, _process: int) -> _ext.Engine
             running,
             cores,
             cores,
+        )
+    if shared:
+        logger.warning(
+            "kt_kernel: other servers of this host compute on CPUs %s, too, and all wait for "
+            "time slices: --kt-cpuinfer %d is faster, or KT_CPUS for each server",
+            ranges(shared),
+            max(1, running - len(shared)),
         )
     # Without CUDA nothing else runs while the experts do.
     beside = cpus_beside_experts(_gpus())

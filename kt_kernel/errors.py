@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 #: A longer message is cut in its middle: a name out of a damaged file may have megabytes.
 _LONGEST = 2000
+#: User and password of an address. Up to the last @ of the word: a password may hold what ends it
+#: elsewhere.
+_CREDENTIALS = re.compile(r"(?<=://)\S+@")
+#: What a secret looks like where it is shown.
+MASK = "***"
 
 
 class UserError(Exception):
@@ -21,13 +28,19 @@ def one_line(text: str) -> str:
     """A text that a terminal shows on one line, and that any UTF-8 stream can write.
 
     Names come from files and file systems: control characters and what is no Unicode are shown as
-    escapes.
+    escapes. Passwords in addresses are masked.
     """
+    text = without_passwords(text)
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def without_passwords(text: str) -> str:
+    """A text with user and password of the addresses in it masked."""
+    return _CREDENTIALS.sub(f"{MASK}@", text)
 
 
 def describe(error: OSError) -> str:

@@ -1,14 +1,19 @@
-"""How the command lines of this project begin and end: standard streams and exit status."""
+"""How the programs of this project begin and end: standard streams, exit status, their parent."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from kt_kernel.errors import without_passwords
 
 #: Exit status of a program whose reader went away, as a shell shows SIGPIPE.
 READER_GONE = 141
@@ -18,10 +23,11 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     """Run ``main`` and end the process with the status that it returns.
 
     A path with an umlaut or with bytes that are no text can be printed to any output; a reader
-    that goes away (``| head``) ends the program without a word; an output that cannot be written,
+    that goes away (``| head``) ends the program silently; an output that cannot be written,
     or a current directory that is gone or closed to this user, is one error line and status 2.
     """
     _prepare_streams()
+    sys.excepthook = _print_exception
     try:
         os.chdir(Path.cwd())  # as the processes do that SGLang starts
     except OSError as error:
@@ -43,6 +49,17 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     else:
         sys.exit(status)
     os._exit(status)  # flushing again at the end would fail again
+
+
+def end_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+
+
+def _print_exception(*error: Any) -> None:
+    """What Python prints of a fault in the program, without the passwords in its addresses."""
+    print(without_passwords("".join(traceback.format_exception(*error))), end="", file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 
 from kt_kernel import packed
-from kt_kernel.calls import current_stream
+from kt_kernel.calls import Batch, current_stream
 from kt_kernel.errors import UserError
-from kt_kernel.wrapper import PLAIN_TARGET, KTMoEWrapper
+from kt_kernel.layer_weights import PLAIN_TARGET
+from kt_kernel.wrapper import KTMoEWrapper
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 #: to run through matrix tiles; experts of the latter, few because the plain kernel is slow.
 FEW_TOKENS, MANY_TOKENS = 2, 16
 EXPERTS_OF_MANY = 2
+#: Of the card's part of a prompt, whose activations are not int8: mean |difference| / |output|.
+CARD_DIFFERENCE = 0.1
 
 
 def check_layer(
@@ -27,7 +30,7 @@ def check_layer(
     """Push known batches through the layer; compare with the plain kernel on the file's weights.
 
     Twice top-k of the CPU's experts, spread over all, are read from the file again. In these, it
-    finds a kernel, a CPU or a way of the data that is wrong, and memory that does not hold what the
+    finds a kernel, a CPU or a data path that is wrong, and memory that does not hold what the
     file says.
 
     Args:
@@ -53,11 +56,11 @@ def check_layer(
             outputs.append(_replayed(exact, *on_device))
         want = plain.forward(x, ids, weights)
         for found, how in zip(outputs, ("", " in a CUDA graph"), strict=False):
-            wrong = int((found != want).sum())  # NaN, too
-            if wrong:
+            unequal = int((found != want).sum())  # NaN, too
+            if unequal:
                 error = float((found - want).abs().mean() / want.abs().mean())
                 raise UserError(
-                    f"self-test of layer {wrapper.layer_idx}: {wrong} of {want.numel()} outputs "
+                    f"self-test of layer {wrapper.layer_idx}: {unequal} of {want.numel()} outputs "
                     f"for {tokens} tokens{how} differ, by {100 * error:.2g}% on average, from "
                     f"those of the weights in {packed.layer_file_name(wrapper.layer_idx)}: "
                     "expected the same bits; start again, test the memory, and try "
@@ -69,6 +72,48 @@ def check_layer(
         count,
         plain.target,
         ", in CUDA graphs too" if len(outputs) > 1 else "",
+        time.monotonic() - started,
+    )
+
+
+def check_card(wrapper: KTMoEWrapper) -> None:
+    """Push a batch through the card's part of a prompt; compare with the CPUs' kernels.
+
+    The two differ by what int8 activations cost, so this finds wrong places and wrong memory. It
+    also compiles the card's kernels, for which the first prompt would wait.
+
+    Raises:
+        UserError: the outputs have little to do with each other, or the card does not compute them.
+    """
+    on_card, slots = wrapper.on_card, wrapper.cpu_slots()
+    if on_card is None or not slots:
+        return
+    started = time.monotonic()
+    x, ids, weights = _batch(wrapper, slots, MANY_TOKENS)
+    x = x.to(on_card.card.dtype)
+    device = on_card.card.device
+    try:
+        batch = Batch(x.to(device), ids.to(device), weights.to(device))
+        found = on_card.all_on_card(batch, ids).cpu().float()
+    except Exception as error:
+        raise UserError(
+            f"self-test of layer {wrapper.layer_idx}: the card's part of a prompt fails: "
+            f"{type(error).__name__}: {error}; set KT_GPU_PREFILL_TOKEN_THRESHOLD=none"
+        ) from error
+    want = wrapper.without_deferral().forward(x, ids, weights).float()
+    difference = float((found - want).abs().mean() / want.abs().mean())
+    if not difference < CARD_DIFFERENCE:  # NaN, too
+        raise UserError(
+            f"self-test of layer {wrapper.layer_idx}: the card's part of a prompt differs by "
+            f"{100 * difference:.0f}% from the CPUs': expected less than "
+            f"{100 * CARD_DIFFERENCE:.0f}%; test the card, or set "
+            "KT_GPU_PREFILL_TOKEN_THRESHOLD=none"
+        )
+    logger.info(
+        "kt_kernel: self-test of layer %d: the card's part of a prompt differs by %.2g%% from the "
+        "CPUs', %.1f s",
+        wrapper.layer_idx,
+        100 * difference,
         time.monotonic() - started,
     )
 

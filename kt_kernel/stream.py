@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 #: Seconds after which a replayed call counts as hanging; the slowest prefill chunk takes a minute.
 CALL_LIMIT = 300.0
 _CHECK_INTERVAL = 1.0
+#: Share of the limit for which the watching thread does not run only where nothing runs.
+_FROZEN = 0.1
 
 #: What ``stream_context`` has made: nothing or one.
 _contexts: list[_ext.StreamContext] = []
@@ -66,9 +68,23 @@ def check_earlier_calls() -> None:
 def watch(
     context: _ext.StreamContext, limit: float = CALL_LIMIT, interval: float = _CHECK_INTERVAL
 ) -> None:
-    """End calls that hang, and log the first failure: a replayed graph calls no Python."""
+    """End calls that hang, and log the first failure: a replayed graph calls no Python.
+
+    A process that was frozen (SIGSTOP, ``docker pause``, a suspended VM) computed nothing
+    meanwhile: calls get the time back for which this thread, too, did not run.
+    """
+    lost = lost_until = 0.0
+    before = time.monotonic()
     while not context.failure:
-        context.end_overdue(limit)
+        now = time.monotonic()
+        pause = now - before - interval
+        before = now
+        if pause > limit * _FROZEN:
+            lost += pause
+            lost_until = now + limit + lost
+        elif now > lost_until:  # the calls of then are over
+            lost = 0.0
+        context.end_overdue(limit + lost)
         time.sleep(interval)
     logger.critical(
         "kt_kernel: %s: an output is wrong from there on, and the next call from Python fails; "

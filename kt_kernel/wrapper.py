@@ -7,46 +7,27 @@ The calls are those of stock SGLang 0.5.6 to 0.5.23 (``num_gpu_experts``) and of
 from __future__ import annotations
 
 import copy
-import dataclasses
-import logging
 import os
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kt_kernel import _ext, packed
 from kt_kernel.arguments import check_tensor, whole
-from kt_kernel.calls import (
-    LEFT,
-    C,
-    CapturedCall,
-    CudaCall,
-    Deferred,
-    OnStream,
-    Pending,
-    Queued,
-    contiguous,
-    copy_from_cuda,
-    current_stream,
-    split_lightest,
-)
+from kt_kernel.calls import ACTIVATION_DTYPES, LEFT, Batch, Call
 from kt_kernel.engine import shared_engine
 from kt_kernel.errors import UserError
-from kt_kernel.loading import load_progress
-from kt_kernel.stream import check_earlier_calls, stream_context
-
-logger = logging.getLogger(__name__)
-
-_ACTIVATION_DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-_SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+from kt_kernel.gpu_prefill.layer import LayerOnCard
+from kt_kernel.gpu_prefill.start import on_card
+from kt_kernel.layer_calls import LayerCalls
+from kt_kernel.layer_weights import LayerWeights
+from kt_kernel.placement.counts import Model
+from kt_kernel.placement.metrics import Pairs
+from kt_kernel.stream import check_earlier_calls
 
 _MAX_LAYER = 2**31 - 1  # an int of the extension's
-
-#: The target that defines what the others compute, bit by bit.
-PLAIN_TARGET = "scalar"
 
 
 class KTMoEWrapper:
@@ -120,45 +101,35 @@ class KTMoEWrapper:
         self.layer_idx = whole("layer_idx", layer_idx, 0, _MAX_LAYER)
         self.method = method
         self.weight_path = weight_path
-        self._layout = packed.PackedLayout(
+        layout = packed.PackedLayout(
             whole("num_experts", num_experts),
             whole("hidden_size", hidden_size),
             whole("moe_intermediate_size", moe_intermediate_size),
             packed.KT_METHODS[method],
         )
-        num_experts, self.hidden_size = self._layout.num_experts, self._layout.hidden_size
+        num_experts, self.hidden_size = layout.num_experts, layout.hidden_size
         self.top_k = whole("num_experts_per_tok", num_experts_per_tok, 1, num_experts)
         self._mask = _ext.ExpertMask(num_experts)
         self.gpu_experts_mask = _gpu_mask(num_experts, num_gpu_experts, gpu_experts_mask)
-        # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang never
-        # does, so there the GPU's experts need no memory here.
-        self._mask_may_change = gpu_experts_mask is not None
         deferred = whole(
             "max_deferred_experts_per_token (--kt-max-deferred-experts-per-token)",
             max_deferred_experts_per_token or 0,
             0,
         )
-        self._num_deferred = min(deferred, self.top_k)
-        self._engine = shared_engine(cpuinfer_threads, threadpool_count)
-        self._process = os.getpid()
         self._pools = threadpool_count
-        self._loaded: list[int] = []  # expert of the file in each slot, -1 for none
-        self._layer = self._new_layer()
-        self._pending: Pending | CudaCall | CapturedCall | None = None
-        #: Calls in CUDA graphs: of the experts of now, and of those deferred.
-        self._on_stream: tuple[_ext.StreamLayer, _ext.StreamLayer] | None = None
-
-    def _new_layer(self) -> _ext.Layer:
-        layout = self._layout
-        return _ext.Layer(
-            self._engine,
-            layout.num_experts,
+        self._process = os.getpid()
+        self._weights = LayerWeights(
+            self.layer_idx,
             self.top_k,
-            layout.hidden_size,
-            layout.intermediate_size,
-            layout.method,
+            layout,
+            shared_engine(cpuinfer_threads, threadpool_count),
             self._mask,
+            # The fork moves experts between CPU and GPU by writing into the mask; stock SGLang
+            # never does, so there the GPU's experts need no memory here.
+            mask_may_change=gpu_experts_mask is not None,
         )
+        self._calls = LayerCalls(self._weights, min(deferred, self.top_k))
+        self._pending: Call | None = None
 
     @property
     def gpu_experts_mask(self) -> torch.Tensor:
@@ -182,17 +153,21 @@ class KTMoEWrapper:
     @property
     def target(self) -> str:
         """Name of the target that runs."""
-        return self._engine.target
+        return self._weights.engine.target
+
+    @property
+    def on_card(self) -> LayerOnCard | None:
+        """What divides calls of many tokens between a GPU and the CPUs; None where nothing does."""
+        return self._calls.on_card
 
     def cpu_slots(self) -> list[int]:
         """Ids of the experts that run here; empty before ``load_weights``."""
-        mask = self.gpu_experts_mask.tolist()
-        return [slot for slot, expert in enumerate(self._loaded) if expert >= 0 and not mask[slot]]
+        return self._weights.cpu_slots()
 
     def without_deferral(self) -> KTMoEWrapper:
         """The same layer, whose calls run all experts at once."""
         other = copy.copy(self)
-        other._num_deferred = 0
+        other._calls = LayerCalls(other._weights, 0)
         return other
 
     def plain_copy(self, slots: Sequence[int]) -> KTMoEWrapper:
@@ -201,20 +176,24 @@ class KTMoEWrapper:
         Raises:
             UserError: the file is gone or damaged.
         """
-        target = self.target if self.target == "reference" else PLAIN_TARGET
-        other = self.without_deferral()
-        other._engine = _ext.Engine(self._engine.cpus, self._pools, target)
-        other._layer = other._new_layer()
-        other._on_stream = None
-        other._read_file([e if slot in slots else -1 for slot, e in enumerate(self._loaded)])
-        return other
+        other = copy.copy(self)
+        other._weights = self._weights.plain_copy(self.weight_path, slots, self._pools)
+        return other.without_deferral()
 
-    def _use_method(self, quant_method: str) -> None:
-        """Hold weights of this method, if ``--kt-method`` stands for it too."""
-        served_as = packed.SERVED_AS.get(quant_method)
-        if quant_method != self._layout.method and served_as == self.method:
-            self._layout = dataclasses.replace(self._layout, method=quant_method)
-            self._layer = self._new_layer()
+    # ---- what is counted -------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """What the counts belong to, once the weights are loaded."""
+        return Model(self._weights.fingerprint, len(self._mask.array))
+
+    def expert_counts(self) -> NDArray[np.int64]:
+        """[E] how often calls have named each expert of the checkpoint, on the GPU or here."""
+        return self._weights.expert_counts()
+
+    def routed_pairs(self) -> Pairs:
+        """How many (token, expert) pairs calls have named, by where they were computed."""
+        return self._weights.routed_pairs()
 
     # ---- weights ---------------------------------------------------------------------------------
 
@@ -228,59 +207,12 @@ class KTMoEWrapper:
         Raises:
             UserError: no file, or one of another layer, model or method, or a damaged one.
         """
-        sources = self._sources(physical_to_logical_map_cpu)
-        started = time.monotonic()
-        path = self._read_file(sources)
-        self._loaded = sources
+        path = self._weights.load(self.weight_path, physical_to_logical_map_cpu)
         if packed.is_last_layer(path):
             # No layer comes after it to whose output its experts could be added. SGLang 0.5.16 does
             # not find out how many layers there are, and asks the last one to defer, too.
-            self._num_deferred = 0
-        line = load_progress(path.parent).line(
-            self.layer_idx, self._layer.weight_bytes, started, time.monotonic()
-        )
-        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
-
-    def _read_file(self, sources: list[int]) -> Path:
-        """Fill the slots with these experts of the layer's file, -1 for none; its path."""
-        if self.weight_path is None:
-            raise UserError("weight_path is not set: pass --kt-weight-path")
-        path = Path(self.weight_path) / packed.layer_file_name(self.layer_idx)
-        if not path.parent.is_dir():
-            raise UserError(
-                f"weight path {path.parent} does not exist: run python -m convert first"
-            )
-        header = packed.read_header(path)
-        self._use_method(header.metadata.get("method", ""))
-        packed.check_layer_header(header, self._layout, self.layer_idx)
-        tables = None
-        if "tables" in header.tensors:
-            entry = header.tensors["tables"]
-            shape = (packed.NUM_TABLES, packed.TABLE_LEVELS)
-            try:
-                tables = np.fromfile(path, np.int8, entry.end - entry.begin, offset=entry.begin)
-                tables = tables.reshape(shape)
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read the tables of {path}: {error}") from None
-
-        def offset(name: str) -> int:
-            return header.tensors[name].begin if name in header.tensors else 0
-
-        offsets = [
-            [offset(f"{name}.{part}") for part in ("codes", "table_index", "scales")]
-            for name in packed.PROJECTIONS
-        ]
-        try:
-            # As bytes: a name need not be Unicode, what the extension says of it has to be.
-            self._layer.load_file(os.fsencode(path), offsets, tables, sources)
-        except UnicodeDecodeError as error:
-            reason = error.object.decode(errors="backslashreplace")
-            raise UserError(f"layer {self.layer_idx}: {reason}") from None
-        except RuntimeError as error:
-            # Some Pythons leave out what is no text.
-            reason = str(error) or "its file cannot be read"
-            raise UserError(f"layer {self.layer_idx}: {reason}") from None
-        return path
+            self._calls.num_deferred = 0
+        self._calls.on_card = on_card(self._weights, self.without_deferral().forward)
 
     def load_weights_from_tensors(
         self,
@@ -301,41 +233,9 @@ class KTMoEWrapper:
         Raises:
             UserError: a wrong shape or dtype, or a weight that is not finite.
         """
-        if quant_method is not None:
-            if packed.SERVED_AS.get(quant_method) != self.method:
-                raise UserError(
-                    f"quant_method is {quant_method!r}, which {self.method} does not stand for"
-                )
-            self._use_method(quant_method)
-        tensors = (gate_proj, up_proj, down_proj)
-        dtype = getattr(gate_proj, "dtype", None)
-        if dtype not in _SOURCE_DTYPES:
-            raise UserError(f"gate_proj is {dtype}: expected bfloat16, float16 or float32")
-        for name, tensor in zip(packed.PROJECTIONS, tensors, strict=True):
-            shape = (self._layout.num_experts, *self._layout.projection_shape(name))
-            check_tensor(f"{name}_proj", tensor, shape, (dtype,))
-        bits = dtype if dtype == torch.float32 else torch.uint16
-        arrays = [t.detach().to("cpu").contiguous().view(bits).numpy() for t in tensors]
-        sources = self._sources(physical_to_logical_map_cpu)
-        try:
-            self._layer.load_matrices(arrays, _SOURCE_DTYPES[dtype], sources)
-        except ValueError as error:
-            raise UserError(f"layer {self.layer_idx}: {error}") from None
-
-    def _sources(self, physical_to_logical: torch.Tensor) -> list[int]:
-        """Expert of the file for each slot, -1 for a slot that never runs on the CPU."""
-        count = self._layout.num_experts
-        integers = (torch.int64, torch.int32)
-        check_tensor("physical_to_logical_map", physical_to_logical, (count,), integers)
-        sources: list[int] = physical_to_logical.tolist()
-        if not all(0 <= s < count for s in sources):
-            raise UserError(
-                f"physical_to_logical_map has entries in [{min(sources)}, {max(sources)}]: "
-                f"expected [0, {count - 1}]"
-            )
-        if self._mask_may_change:
-            return sources
-        return [-1 if gpu else s for s, gpu in zip(sources, self.gpu_experts_mask, strict=True)]
+        self._weights.load_from_tensors(
+            (gate_proj, up_proj, down_proj), physical_to_logical_map_cpu, quant_method
+        )
 
     # ---- the call --------------------------------------------------------------------------------
 
@@ -366,7 +266,7 @@ class KTMoEWrapper:
             raise UserError(
                 f"layer {self.layer_idx}: submit_forward without sync_forward before it"
             )
-        if os.getpid() != self._process:  # a call would wait for ever
+        if os.getpid() != self._process:  # a call would wait forever
             raise UserError(
                 f"layer {self.layer_idx}: this process was forked, and threads do not come along: "
                 "make the layer in the process that calls it"
@@ -377,7 +277,7 @@ class KTMoEWrapper:
             "hidden_states",
             hidden_states,
             (tokens, self.hidden_size),
-            tuple(_ACTIVATION_DTYPES),
+            tuple(ACTIVATION_DTYPES),
         )
         routing = (tokens, self.top_k)
         check_tensor("topk_ids", topk_ids, routing, (torch.int32, torch.int64))
@@ -387,18 +287,13 @@ class KTMoEWrapper:
                 f"hidden_states is on {hidden_states.device}, topk_ids on {topk_ids.device} and "
                 f"topk_weights on {topk_weights.device}: expected one device"
             )
-        if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._pending = self._capture(hidden_states, topk_ids, topk_weights)
-        elif hidden_states.is_cuda:
-            self._pending = copy_from_cuda(hidden_states, topk_ids, topk_weights)
-        else:
-            self._pending = self._submit(hidden_states, topk_ids, topk_weights)
+        self._pending = self._calls.start(Batch(hidden_states, topk_ids, topk_weights))
 
     def sync_forward(self, hidden_states: torch.Tensor, cuda_stream: int = 0) -> torch.Tensor:
         """Wait for the call and return its result.
 
         Args:
-            hidden_states: only its device is used; its contents may have changed.
+            hidden_states: not used; its contents may have changed.
             cuda_stream: raw handle of the current CUDA stream; 0 on the CPU.
 
         Returns:
@@ -413,10 +308,6 @@ class KTMoEWrapper:
         pending, self._pending = self._pending, None
         if pending is None:
             raise UserError(f"layer {self.layer_idx}: sync_forward without submit_forward")
-        if isinstance(pending, CudaCall):
-            pending.copied.synchronize()
-            pending = self._submit(pending.x, pending.ids, pending.weights)
-            return pending.result().to(hidden_states.device)
         return pending.result()
 
     def forward(
@@ -429,69 +320,6 @@ class KTMoEWrapper:
         """``submit_forward`` and ``sync_forward`` in one."""
         self.submit_forward(hidden_states, topk_ids, topk_weights, cuda_stream)
         return self.sync_forward(hidden_states, cuda_stream)
-
-    def _submit(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Pending:
-        x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
-        if x.requires_grad or weights.requires_grad:
-            x, weights = x.detach(), weights.detach()
-        before = self._take_deferred(x, Queued)
-        if not self._num_deferred:
-            return Pending(self._queue(x, ids, weights), before)
-        ids, later = split_lightest(ids, weights, self._num_deferred)
-        now = self._queue(x, ids, weights)
-        LEFT.swap(Deferred(self.layer_idx, self._queue(x, later, weights)))
-        return Pending(now, before)
-
-    def _queue(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Queued:
-        wide = x.dtype == torch.float32
-        rows = x.numpy() if wide else x.view(torch.uint16).numpy()
-        memory = self._engine.take_like(rows)
-        try:
-            job = self._layer.submit(rows, ids.numpy(), weights.numpy(), memory)
-        except ValueError as error:
-            raise UserError(f"layer {self.layer_idx}: {error}") from None
-        output = torch.from_numpy(memory)
-        return Queued(job, output if wide else output.view(torch.bfloat16))
-
-    def _take_deferred(self, x: torch.Tensor, kind: type[C]) -> C | None:
-        """What the MoE layer before has left for this one's output, in a pass of this kind."""
-        deferred = LEFT.swap(None)
-        return None if deferred is None else deferred.into(self.layer_idx, x.shape, kind)
-
-    def _capture(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> CapturedCall:
-        """Put the call on the stream being captured; nothing runs before the graph's replay."""
-        if self._on_stream is None:
-            arguments = stream_context(), self._layer, self.layer_idx
-            self._on_stream = _ext.StreamLayer(*arguments), _ext.StreamLayer(*arguments, True)
-        on_stream, deferred_on_stream = self._on_stream
-        # Copies that this makes are freed here, but reused only by what comes later on the stream.
-        x, ids, weights = contiguous(hidden_states, topk_ids, topk_weights)
-        before = self._take_deferred(x, OnStream)
-        stream = current_stream(x)
-        if self._num_deferred:
-            ids, later = split_lightest(ids, weights, self._num_deferred)
-        on_stream.submit(stream, *self._inputs(x, ids, weights))
-        if self._num_deferred:
-            deferred_on_stream.submit(stream, *self._inputs(x, later, weights))
-            LEFT.swap(Deferred(self.layer_idx, OnStream(deferred_on_stream, x)))
-        return CapturedCall(OnStream(on_stream, x), before)
-
-    def _inputs(
-        self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[int, str, int, int, bool, int]:
-        """A captured call's inputs as the extension takes them."""
-        return (
-            x.data_ptr(),
-            _ACTIVATION_DTYPES[x.dtype],
-            x.shape[0],
-            ids.data_ptr(),
-            ids.dtype == torch.int64,
-            weights.data_ptr(),
-        )
 
     # ---- statics that SGLang and the fork call ---------------------------------------------------
 

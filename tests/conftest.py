@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from kt_kernel import _ext, packed
-from tests import portable_isa
-from tests.amx import tile_unit
+from tests.csrc import portable_isa
+from tests.csrc.amx import tile_unit
 from tests.docker import engine as docker_engine
 
 
@@ -34,6 +35,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
             int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
         ),
     )
+
+# Engines of tests are no servers; those of other processes would be in their way.
+_LOCKS = tempfile.TemporaryDirectory(prefix="kt-cpu-locks-")
+os.environ["KT_CPU_LOCKS"] = _LOCKS.name
+
+
+@pytest.fixture(autouse=True)
+def no_own_key_stays() -> Iterator[None]:
+    """A server leaves its key for itself in the environment, where no other program expects it."""
+    yield
+    os.environ.pop("KT_SERVER_OWN_KEY", None)
+
 
 #: Targets that this CPU runs as they are built.
 NATIVE = [name for name, supported in _ext.targets() if supported]

@@ -43,7 +43,7 @@ class RandomLayer:
             moe_intermediate_size=i,
             cpuinfer_threads=threads,
             threadpool_count=kwargs.pop("threadpool_count", 1),
-            method=packed.SERVED_AS[method],
+            method=packed.METHODS[method].kt_method,
             **kwargs,
         )
         wrapper.load_weights_from_tensors(self.gate, self.up, self.down, torch.arange(e), method)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kt_kernel import _ext
-from kt_kernel.packed import BLOCK_K
+from kt_kernel.packed import METHODS
 
 #: Weights of one expert: gate [I, H], up [I, H], down [H, I].
 Expert = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -73,7 +73,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 def dequantize(packed: dict[str, np.ndarray], n: int, k: int, method: str) -> np.ndarray:
     """[n, k] float64 weights of one packed projection."""
-    tables = _ext.int4_tables(method) if method in BLOCK_K else None
+    tables = _ext.int4_tables(method) if METHODS[method].block_k else None
     index = packed.get("table_index")
     weights = _ext.dequantize_projection(
         packed["codes"], packed["scales"], index, tables, n, k, method

@@ -13,7 +13,7 @@ class LayerShape(NamedTuple):
 
 
 # Multiples of 64 that are not multiples of 128, H < I and H > I, one expert, all experts; k beyond
-# the kernels' slabs (512, tiles 1024) by a part of one.
+# the kernels' KC (512, tiles 1024) by a part of it.
 LAYERS = [
     LayerShape(8, 2, 256, 192),
     LayerShape(4, 4, 64, 64),
@@ -28,5 +28,5 @@ LAYERS = [
 TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64]
 
 # Tokens of one expert: more than take their int4 weights directly (8, AVX-512 64), by every part of
-# a block, and than share an unpacked slab (128, tiles 256).
+# a block, and than MC share unpacked weights (128, tiles 256).
 MANY_TOKENS = [65, 66, 67, 68, 69, 70, 71, 129, 300]

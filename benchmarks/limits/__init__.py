@@ -23,8 +23,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, stats
+from benchmarks import stats
 from benchmarks.errors import BenchmarkError
+from benchmarks.host_description import allowed_cpus, last_level_cache_bytes
+from kt_kernel.files.units import gigabytes
 
 SOURCE = Path(__file__).with_name("probe.cpp")
 CACHE = Path(__file__).parents[2] / ".cache" / "benchmarks"
@@ -114,8 +116,9 @@ def compile_probe(output: Path, options: Sequence[str] = ()) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         raise BenchmarkError(
-            "no C++ compiler found to build the limits' probe: install g++, or pass --rivals-dir "
-            "with a folder made by 'python -m benchmarks.rivals prepare', which holds it built"
+            "no C++ compiler found to build the limits' probe: install g++, or pass "
+            "--baselines-dir with a folder made by 'python -m benchmarks.baselines prepare', which "
+            "holds it built"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as folder:
@@ -172,7 +175,7 @@ def _probe(prebuilt: Path | None) -> ctypes.CDLL:
 
 
 def _cpus(threads: int) -> Any:
-    cpus = machine.allowed_cpus()
+    cpus = allowed_cpus()
     if not 1 <= threads <= len(cpus):
         raise BenchmarkError(
             f"{threads} threads asked for: expected 1 to {len(cpus)}, the CPUs this process may use"
@@ -195,14 +198,14 @@ def read_bandwidth(threads: int, seconds: float, prebuilt: Path | None = None) -
         BenchmarkError: more threads than CPUs, or too little memory for the buffer.
     """
     probe, cpus = _probe(prebuilt), _cpus(threads)
-    size = max(_MIN_BUFFER, _CACHES_TO_EXCEED * machine.last_level_cache_bytes())
+    size = max(_MIN_BUFFER, _CACHES_TO_EXCEED * last_level_cache_bytes())
 
     def rates(streams: int, passes: int) -> list[float]:
         times = (ctypes.c_double * passes)()
         found = _pinned(probe.probe_read(cpus, threads, size, streams, passes, times), threads)
         if not found:
             raise BenchmarkError(
-                f"cannot read a buffer of {size / 1e9:.1f} GB: expected that much free memory and "
+                f"cannot read a buffer of {gigabytes(size)}: expected that much free memory and "
                 "a CPU with AVX2"
             )
         return [found / t / 1e9 for t in times]
@@ -261,6 +264,17 @@ def core_rates(
     )
 
 
+def _watched(
+    probe: ctypes.CDLL, isa: int, cpus: Any, rounds: int, repeats: int
+) -> tuple[float, Any, Any, Any]:
+    """Operations of a repeat of one thread, and the seconds of each: during, before and after."""
+    during, before, after = ((ctypes.c_double * (repeats * len(cpus)))() for _ in range(3))
+    operations = probe.probe_products_watched(
+        isa, cpus, len(cpus), rounds, repeats, _WATCH_ROUNDS, during, before, after
+    )
+    return _pinned(operations, len(cpus)), during, before, after
+
+
 def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> dict[str, CoreRates]:
     """What single cores make of tile instructions while all ``threads`` do, by their state.
 
@@ -275,12 +289,7 @@ def tile_rates(threads: int, seconds: float, prebuilt: Path | None = None) -> di
     for index, name in _instruction_sets(probe):
         if name in _WATCHED:
             repeats = max(2, int(seconds / 2e-3))
-            count = repeats * threads
-            during, before, after = ((ctypes.c_double * count)() for _ in range(3))
-            operations = probe.probe_products_watched(
-                index, cpus, threads, _WATCH_ROUNDS, repeats, _WATCH_ROUNDS, during, before, after
-            )
-            _pinned(operations, threads)
+            operations, during, before, after = _watched(probe, index, cpus, _WATCH_ROUNDS, repeats)
             to_ns = 1e9 / (_WATCH_ROUNDS * _WATCH_PRODUCTS)
             found[name] = core_rates(
                 [t * to_ns for t in before],
@@ -302,12 +311,7 @@ def quiet_share(threads: int, prebuilt: Path | None = None) -> float | None:
     isas = {name: index for index, name in _instruction_sets(probe)}
     if _WATCHED[-1] not in isas:
         return None
-    during, before, after = ((ctypes.c_double * threads)() for _ in range(3))
-    isa = isas[_WATCHED[-1]]
-    found = probe.probe_products_watched(
-        isa, cpus, threads, 0, 1, _WATCH_ROUNDS, during, before, after
-    )
-    _pinned(found, threads)
+    _, _, before, after = _watched(probe, isas[_WATCHED[-1]], cpus, 0, 1)
     quiet_seconds = QUIET_NS * _WATCH_ROUNDS * _WATCH_PRODUCTS / 1e9
     quiet: list[bool] = [max(pair) < quiet_seconds for pair in zip(before, after, strict=True)]
     return sum(quiet) / threads

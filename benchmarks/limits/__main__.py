@@ -7,8 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import limits, machine
+from benchmarks import limits
 from benchmarks.errors import BenchmarkError
+from benchmarks.host_description import allowed_cpus, cpu_brand, describe, last_level_cache_bytes
 
 
 def main() -> None:
@@ -20,8 +21,8 @@ def main() -> None:
     parser.add_argument("--probe", type=Path, help="a probe that was built elsewhere")
     parser.add_argument("--json", type=Path, help="write the results there, too")
     args = parser.parse_args()
-    threads = args.threads or sorted({1, len(machine.allowed_cpus())})
-    print(f"{machine.cpu_brand()}; last-level cache {machine.last_level_cache_bytes() >> 20} MiB")
+    threads = args.threads or sorted({1, len(allowed_cpus())})
+    print(f"{cpu_brand()}; last-level cache {last_level_cache_bytes() >> 20} MiB")
     print(f"{'threads':>7}  {'limit':<22}{'best':>10}{'median':>10}{'spread':>8}")
     found = []
     try:
@@ -48,7 +49,7 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine.describe(), "limits": found}, indent=1))
+        args.json.write_text(json.dumps({"machine": describe(), "limits": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 #include <cpuid.h>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <thread>
 #include <vector>
 
@@ -194,26 +195,35 @@ bool has_amx() {
   return instructions && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2");
+}
+
+bool has_avx512_vnni() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
+}
+
 struct Products {
   const char* name;
+  bool (*supported)();
   void (*run)(uint64_t rounds);
   double operations;  // of one round; a product and its sum are two
 };
 
+// What a busy hyperthread slows most, so it watches the cores, too.
+constexpr Products kAmxLoaded = {"amx_loaded", has_amx, products_amx_loaded,
+                                 4 * 16 * 16 * 64 * 2.0};
 constexpr Products kProducts[] = {
-    {"avx2", products_avx2, 12 * 32 * 2.0},
-    {"avx512_vnni", products_avx512_vnni, 12 * 64 * 2.0},
-    {"amx", products_amx, 6 * 16 * 16 * 64 * 2.0},
-    {"amx_loaded", products_amx_loaded, 4 * 16 * 16 * 64 * 2.0},
+    {"avx2", has_avx2, products_avx2, 12 * 32 * 2.0},
+    {"avx512_vnni", has_avx512_vnni, products_avx512_vnni, 12 * 64 * 2.0},
+    {"amx", has_amx, products_amx, 6 * 16 * 16 * 64 * 2.0},
+    kAmxLoaded,
 };
 
-constexpr int kWatch = 3;  // amx_loaded: what a busy hyperthread slows most
-
 bool supported(int isa) {
-  __builtin_cpu_init();
-  if (isa == 0) return __builtin_cpu_supports("avx2");
-  if (isa == 1) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-  return isa >= 2 && has_amx();
+  return isa >= 0 && isa < static_cast<int>(std::size(kProducts)) && kProducts[isa].supported();
 }
 
 }  // namespace
@@ -222,8 +232,7 @@ extern "C" {
 
 // Name of instruction set `isa`, or nullptr past the last one.
 const char* probe_isa_name(int isa) {
-  constexpr int count = sizeof(kProducts) / sizeof(kProducts[0]);
-  return isa >= 0 && isa < count ? kProducts[isa].name : nullptr;
+  return isa >= 0 && isa < static_cast<int>(std::size(kProducts)) ? kProducts[isa].name : nullptr;
 }
 
 // 1 if this CPU and kernel run `isa`; asks for the permission to use AMX.
@@ -234,7 +243,7 @@ int probe_isa_supported(int isa) { return supported(isa); }
 // thread could not be pinned.
 int64_t probe_read(const int* cpus, int threads, int64_t bytes, int streams, int passes,
                    double* seconds) {
-  if (!supported(0)) return 0;
+  if (!has_avx2()) return 0;
   const size_t part = static_cast<size_t>(bytes) / threads / (1 << 21) * (1 << 21);
   const size_t total = part * threads;
   void* memory =
@@ -286,19 +295,19 @@ double probe_products(int isa, const int* cpus, int threads, int64_t rounds, int
 double probe_products_watched(int isa, const int* cpus, int threads, int64_t rounds, int repeats,
                               int64_t watch_rounds, double* seconds, double* before,
                               double* after) {
-  if (!supported(isa) || !supported(kWatch)) return 0;
+  if (!supported(isa) || !kAmxLoaded.supported()) return 0;
   Barrier barrier(threads);
   const bool pinned = run_pinned(cpus, threads, [&](int t) {
     for (int repeat = 0; repeat < repeats; ++repeat) {
-      const auto timed = [&](int which, int64_t count) {
+      const auto timed = [](const Products& products, int64_t count) {
         const auto start = Clock::now();
-        kProducts[which].run(static_cast<uint64_t>(count));
+        products.run(static_cast<uint64_t>(count));
         return seconds_since(start);
       };
       barrier.wait();
-      before[repeat * threads + t] = timed(kWatch, watch_rounds);
-      seconds[repeat * threads + t] = timed(isa, rounds);
-      after[repeat * threads + t] = timed(kWatch, watch_rounds);
+      before[repeat * threads + t] = timed(kAmxLoaded, watch_rounds);
+      seconds[repeat * threads + t] = timed(kProducts[isa], rounds);
+      after[repeat * threads + t] = timed(kAmxLoaded, watch_rounds);
     }
   });
   return pinned ? kProducts[isa].operations * static_cast<double>(rounds) : -1;

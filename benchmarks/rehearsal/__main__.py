@@ -14,21 +14,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import limits, machine
+from benchmarks import limits
 from benchmarks.errors import BenchmarkError
+from benchmarks.host_description import describe
+from benchmarks.plot import load_pyplot
 from benchmarks.rehearsal import checkpoint, packed_layers, plan, result, variant
 from benchmarks.rehearsal.plot import draw
 from benchmarks.rehearsal.sizes import MOE_LAYERS, with_moe_layers
 from benchmarks.rehearsal.workspace import workspace
 from benchmarks.server import REPOSITORY
-from deploy.argv import resolve
-from deploy.config import load
-from deploy.limits import read_memory
-from deploy.machine import survey
-from deploy.settings import TABLE
+from deploy.launch.argv import resolve
+from deploy.settings.config import load
+from deploy.settings.table import TABLE
 from examples.tiny.tokenizer import build_tokenizer, write_tokenizer
 from kt_kernel.errors import UserError
-from kt_kernel.packed import METHODS, SERVED_AS
+from kt_kernel.host.machine import survey
+from kt_kernel.host.memory import read_memory
+from kt_kernel.packed import METHODS
 
 CACHE = REPOSITORY / ".cache" / "rehearsal"
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -53,6 +55,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--requests", type=int, nargs="+", help=f"that decode ({' '.join(map(str, REQUESTS))})")
     add("--rounds", type=int, default=3, help="of each measurement (3)")
     add("--soak", type=float, default=0, help="minutes under load, of the most layers (0)")
+    add("--interference", action="store_true", help="a long prompt beside running answers, too")
     add("--no-profile", action="store_true", help="do not take a decode step apart")
     add("--folder", type=Path, help="for the files; default: memory (/dev/shm), else .cache")
     add("--memory", type=float, help="GB of memory there are, where the kernel tells too little")
@@ -101,13 +104,13 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
     """
     here = survey()
     if here.gpu_problem and not args.cpu:
-        raise BenchmarkError(f"{here.gpu_problem}: mend that, or rehearse without it (--cpu)")
+        raise BenchmarkError(f"{here.gpu_problem}: repair that, or rehearse without it (--cpu)")
     gpu = None if args.cpu else here.gpu
     if args.rounds < 1 or not 0 <= args.resident < 256:
         raise BenchmarkError("--rounds and --resident: expected at least 1, and 0 to 255")
     _need_sglang()
     if args.plot:
-        _need_matplotlib()
+        load_pyplot()  # in hours it would be too late to say that it is missing
     folders = [args.folder] if args.folder else [plan.TMPFS, _cache()]
     memory = plan.usable_memory(read_memory()) if args.memory is None else args.memory * 1e9
     room = plan.Machine(memory, plan.free_disks(folders), gpu)
@@ -115,7 +118,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         "KT_CPUINFER": "auto",
         "KT_THREADPOOL_COUNT": "auto",
         "KT_DEVICE": "cuda" if gpu else "cpu",
-        "KT_METHOD": SERVED_AS[args.method],
+        "KT_METHOD": METHODS[args.method].kt_method,
         "KT_QUANT_METHOD": args.method,
         "KT_NUM_GPU_EXPERTS": str(args.resident),
     }
@@ -134,7 +137,7 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         "kind": result.KIND,
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", "benchmarks.rehearsal", *sys.argv[1:]]),
-        "machine": machine.describe(),
+        "machine": describe(),
         "card": gpu.name if gpu else None,
         "versions": {name: importlib.metadata.version(name) for name in ("sglang", "torch")},
         "threads": values["KT_CPUINFER"],
@@ -184,6 +187,7 @@ def _serve(
         requests=tuple(args.requests or defaults[1]),
         rounds=args.rounds,
         profile=not args.no_profile and not on_cpu,
+        interference=args.interference,
     )
     servers = []
     # The largest first: it says most if a later one fails.
@@ -235,15 +239,6 @@ def _need_sglang() -> None:
         importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         raise BenchmarkError("SGLang is missing: run `make venv`") from None
-
-
-def _need_matplotlib() -> None:
-    try:
-        importlib.metadata.version("matplotlib")
-    except importlib.metadata.PackageNotFoundError:
-        raise BenchmarkError(
-            "matplotlib is missing: install requirements/bench.txt, or leave out --plot"
-        ) from None
 
 
 def _cache() -> Path:

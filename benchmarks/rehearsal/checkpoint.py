@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from convert.checkpoint import CONFIG_NAME, INDEX_NAME, parse_expert_name
+from convert.source.checkpoint import INDEX_NAME
+from convert.source.config import CONFIG_NAME
+from convert.source.experts import parse_expert_name
 from examples.tiny.config import TinySizes, model_config
 from examples.tiny.tensors import SCALE_SUFFIX, TensorSpec, tensor_specs
-from kt_kernel import packed
+from kt_kernel.files import safetensors_header
 
 #: Values drawn. A prime, so that no row of a matrix begins where another does.
 DRAWN = (1 << 24) - 3
@@ -92,13 +94,15 @@ def write_shards(folder: Path, sizes: TinySizes, resident: int) -> None:
 
 
 def _write_shard(path: Path, specs: list[TensorSpec], values: Values) -> None:
-    entries: dict[str, packed.TensorSpec] = {}
+    entries: dict[str, safetensors_header.TensorSpec] = {}
     for spec in specs:
-        entries[spec.name] = packed.TensorSpec(_DTYPES[spec.kind], spec.shape)
+        entries[spec.name] = safetensors_header.TensorSpec(_DTYPES[spec.kind], spec.shape)
         if spec.kind == "linear":
-            entries[spec.name + SCALE_SUFFIX] = packed.TensorSpec("F32", spec.scale_shape)
+            entries[spec.name + SCALE_SUFFIX] = safetensors_header.TensorSpec(
+                "F32", spec.scale_shape
+            )
     with path.open("wb") as file:
-        file.write(packed.header_bytes(entries, {"format": "pt"}))
+        file.write(safetensors_header.header_bytes(entries, {"format": "pt"}))
         for spec in specs:
             data = values.codes(spec) if spec.kind == "linear" else values.plain(spec)
             left = entries[spec.name].nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from benchmarks.rehearsal.sizes import config_of
+from kt_kernel.host.gpus import find_gpu
 
 #: Tokens of the shorter of two answers, whose difference in time is that of decode steps.
 SHORT = 8
@@ -35,12 +36,14 @@ class Client:
     Attributes:
         layers: MoE layers that it has.
         totals: file in which its engine counts.
+        admin: headers that open the routes that change the server.
     """
 
     url: str
     layers: int
     totals: Path
     rng: random.Random = field(default_factory=lambda: random.Random(0))
+    admin: Mapping[str, str] = field(default_factory=dict)
 
     def prompt(self, tokens: int) -> list[int]:
         """Random ids, none of a control token."""
@@ -52,7 +55,7 @@ class Client:
             "input_ids": [list(prompt) for prompt in prompts],
             "sampling_params": {
                 "max_new_tokens": new_tokens,
-                # The likeliest token of random weights is soon the same for ever, and so are then
+                # The likeliest token of random weights is soon the same forever, and so are then
                 # its experts, which stay in the cache.
                 "temperature": 1,
                 "ignore_eos": True,
@@ -117,7 +120,11 @@ class Client:
         folder.mkdir()
         body = {"output_dir": str(folder), "num_steps": steps, "activities": ["GPU"]}
         httpx.post(
-            f"{self.url}/start_profile", json=body, timeout=60, trust_env=False
+            f"{self.url}/start_profile",
+            json=body,
+            headers=self.admin,
+            timeout=60,
+            trust_env=False,
         ).raise_for_status()
         self.seconds([self.prompt(PROMPT)], 2 * steps)
         for _ in range(60):
@@ -127,3 +134,9 @@ class Client:
                 return files[0]
             time.sleep(0.5)
         return None
+
+
+def card_bytes() -> int | None:
+    """Memory of the card in use; None without one, or if the driver does not tell."""
+    gpu, _ = find_gpu()
+    return gpu.used_bytes if gpu else None

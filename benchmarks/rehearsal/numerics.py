@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.machine import allowed_cpus
+from benchmarks.host_description import allowed_cpus
 from benchmarks.rehearsal import packed_layers, plan
 from benchmarks.rehearsal.workspace import workspace
-from deploy.gpu_memory import V32_CONFIG
-from deploy.machine import survey
-from kt_kernel import KTMoEWrapper, _ext, packed
+from deploy.launch.gpu_memory import V32_CONFIG
+from kt_kernel import _ext, packed
+from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.host.machine import survey
 
 TOKENS = (1, 16, 512, 4096)
 LAYER, TOP_K = V32_CONFIG["first_k_dense_replace"], V32_CONFIG["num_experts_per_tok"]
@@ -35,7 +36,7 @@ Weights = tuple[torch.Tensor, ...]
 
 def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
     """Gate, up [I, H] and down [H, I] of every expert in turn, float32 on the CPU."""
-    header, specs = packed.read_header(path), layout.tensors()
+    header, specs = read_header(path), layout.tensors()
     tables = np.asarray(_ext.int4_tables(layout.method)) if layout.has_tables else None
 
     def part(name: str, expert: int, dtype: type) -> np.ndarray:
@@ -64,21 +65,11 @@ def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
 
 
 def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float]]:
-    """Tokens -> mean|o - ref| / mean|ref|, called directly and in a CUDA graph."""
+    """Tokens -> mean|o - ref| / mean|ref|, called directly, by the CPUs alone, in a CUDA graph."""
     layout = plan.v32_layout(method)
     packed_layers.write_layers(folder, layout, [LAYER])
-    wrapper = KTMoEWrapper(
-        LAYER,
-        layout.num_experts,
-        TOP_K,
-        layout.hidden_size,
-        layout.intermediate_size,
-        num_gpu_experts=0,
-        cpuinfer_threads=threads,
-        weight_path=str(folder),
-        method=packed.SERVED_AS[method],
-    )
-    wrapper.load_weights(torch.arange(layout.num_experts))
+    torch.cuda.init()  # else the card takes no part in prompts
+    wrapper = packed_layers.load_layer(folder, layout, LAYER, 0, threads)
     torch.manual_seed(0)
     inputs, outputs, wanted = {}, {}, {}
     for tokens in TOKENS:
@@ -88,6 +79,7 @@ def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float
         inputs[tokens] = call = x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True)
         stream = torch.cuda.current_stream().cuda_stream
         outputs[tokens] = {"direct": wrapper.forward(*call, stream).float()}
+        outputs[tokens]["CPUs"] = wrapper.without_deferral().forward(*call, stream).float()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = wrapper.forward(*call, torch.cuda.current_stream().cuda_stream)
@@ -95,8 +87,8 @@ def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float
         torch.cuda.synchronize()
         outputs[tokens]["graph"] = captured.float()
         wanted[tokens] = torch.zeros_like(x, dtype=torch.float32)
-    for expert, some in enumerate(dequantised(folder / packed.layer_file_name(LAYER), layout)):
-        gate, up, down = (matrix.cuda() for matrix in some)
+    for expert, matrices in enumerate(dequantised(folder / packed.layer_file_name(LAYER), layout)):
+        gate, up, down = (matrix.cuda() for matrix in matrices)
         for tokens, (x, ids, weights) in inputs.items():
             row, slot = (ids == expert).nonzero(as_tuple=True)
             if len(row):
@@ -130,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for method in args.methods:
         with workspace(args.folder) as folder:
             found[method] = errors(folder, method, threads)
-        cells = (f"{e['direct']:.4f}, {e['graph']:.4f}" for e in found[method].values())
+        cells = (
+            f"{e['direct']:.4f}, {e['CPUs']:.4f}, {e['graph']:.4f}" for e in found[method].values()
+        )
         print(f"| {method} | {' | '.join(cells)} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -12,17 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from convert.checkpoint import Checkpoint
 from convert.manifest import Identity, Manifest
 from convert.manifest_file import LayerRecord
-from kt_kernel import _ext, packed
+from convert.source.checkpoint import Checkpoint
+from deploy.launch.gpu_memory import V32_CONFIG
+from kt_kernel import KTMoEWrapper, _ext, packed
+from kt_kernel.files.safetensors_header import header_bytes
 
 #: Bytes of random codes; layers begin at different places of them.
 DRAWN = 1 << 28
 #: Layers written at the same time: memory is what limits it.
 AT_ONCE = 4
 #: About the root mean square of an integer weight, by which the scale divides the wanted one.
-_CODE_STD = {"int4": 40.0, "int4-4x8": 40.0, "int8": 74.0}
+TABLE_STD, CODE_STD = 40.0, 74.0
 
 
 def layer_bytes(layout: packed.PackedLayout) -> int:
@@ -37,19 +39,39 @@ def write_layers(folder: Path, layout: packed.PackedLayout, layers: Sequence[int
         list(pool.map(lambda layer: _write_layer(folder, layout, layer, drawn), layers))
 
 
+def load_layer(
+    folder: Path, layout: packed.PackedLayout, layer: int, resident: int, threads: int
+) -> KTMoEWrapper:
+    """The layer of such a file, loaded, with V3.2's top-k and so many experts on the GPU."""
+    wrapper = KTMoEWrapper(
+        layer,
+        layout.num_experts,
+        V32_CONFIG["num_experts_per_tok"],
+        layout.hidden_size,
+        layout.intermediate_size,
+        num_gpu_experts=resident,
+        cpuinfer_threads=threads,
+        weight_path=str(folder),
+        method=packed.METHODS[layout.method].kt_method,
+    )
+    wrapper.load_weights(torch.arange(layout.num_experts))
+    return wrapper
+
+
 def _write_layer(
     folder: Path, layout: packed.PackedLayout, layer: int, drawn: NDArray[np.uint8]
 ) -> None:
     offset = 4096 * layer
     with (folder / packed.layer_file_name(layer)).open("wb", buffering=0) as file:
-        file.write(packed.header_bytes(layout.tensors(), layout.metadata(layer)))
+        file.write(header_bytes(layout.tensors(), layout.metadata(layer)))
         for name, spec in layout.tensors().items():
             projection, _, part = name.partition(".")
             if name == "tables":
                 _write(file.fileno(), np.asarray(_ext.int4_tables(layout.method), np.int8))
             elif part == "scales":
                 k = layout.projection_shape(projection)[1]
-                scale = torch.tensor(k**-0.5 / _CODE_STD[layout.method], dtype=torch.bfloat16)
+                std = TABLE_STD if layout.has_tables else CODE_STD
+                scale = torch.tensor(k**-0.5 / std, dtype=torch.bfloat16)
                 bits = np.uint16(scale.view(torch.int16).item())
                 _write(file.fileno(), np.full(spec.nbytes // 2, bits))
             else:

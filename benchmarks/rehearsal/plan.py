@@ -12,10 +12,11 @@ from typing import Any
 from benchmarks.errors import BenchmarkError
 from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of
-from deploy.gpu_memory import V32_CONFIG, GpuSizes
-from deploy.limits import Memory
-from deploy.machine import Gpu
-from deploy.needs import SERVER_BYTES
+from deploy.checks.needs import SERVER_BYTES
+from deploy.launch.gpu_memory import V32_CONFIG, GpuSizes
+from kt_kernel.files.units import gigabytes
+from kt_kernel.host.gpus import Gpu
+from kt_kernel.host.memory import Memory
 from kt_kernel.packed import PackedLayout
 
 TMPFS = Path("/dev/shm")
@@ -171,4 +172,4 @@ def _folder(
 
 
 def _short(what: str, needed: float, found: float) -> str:
-    return f"expected {needed / 1e9:.0f} GB of {what} and some to spare, found {found / 1e9:.0f} GB"
+    return f"expected {gigabytes(needed)} of {what} and some to spare, found {gigabytes(found)}"

@@ -11,9 +11,10 @@ from benchmarks.rehearsal.fit import extrapolate
 from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.plan import v32_layout
 from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of
-from deploy.gpu_memory import V32_CONFIG, GpuSizes
-from deploy.machine import Gpu
-from deploy.needs import SERVER_BYTES
+from deploy.checks.needs import SERVER_BYTES
+from deploy.launch.gpu_memory import V32_CONFIG, GpuSizes
+from kt_kernel.files.units import in_gib
+from kt_kernel.host.gpus import Gpu
 
 KIND = "rehearsal"
 #: Experts a call that are so far from what even routing takes say that something is broken.
@@ -242,9 +243,9 @@ def _memory(result: Json) -> list[str]:
     card = result.get("card_memory")
     if card:
         lines.append(
-            f"GPU memory: {card['computed']['total'] / 2**30:.1f} GiB computed for the whole model "
-            f"of {card['free'] / 2**30:.1f}; of {largest['layers']} MoE layers "
-            f"{card['computed_here']['total'] / 2**30:.1f} computed, "
-            f"{largest['card_bytes'] / 2**30:.1f} seen."
+            f"GPU memory: {in_gib(card['computed']['total'])} GiB computed for the whole model "
+            f"of {in_gib(card['free'])}; of {largest['layers']} MoE layers "
+            f"{in_gib(card['computed_here']['total'])} computed, "
+            f"{in_gib(largest['card_bytes'])} seen."
         )
     return lines

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from deploy.gpu_memory import V32_CONFIG
+from deploy.launch.gpu_memory import V32_CONFIG
 from examples.tiny.config import TinySizes, model_config
 
 #: Routed experts' layers of the whole model.
-MOE_LAYERS = 58
+MOE_LAYERS = V32_CONFIG["num_hidden_layers"] - V32_CONFIG["first_k_dense_replace"]
 
 
 def with_moe_layers(count: int) -> TinySizes:

@@ -19,9 +19,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.rehearsal.measures import TIMEOUT, Client, random_prompt
+from benchmarks.rehearsal.measures import TIMEOUT, Client, card_bytes, random_prompt
 from benchmarks.server import Server
-from deploy.machine import find_gpu
 
 STREAMS = 16
 #: Tokens of the prompts: as many of 10 to 100 as of 100 to 1000.
@@ -96,12 +95,7 @@ def soak(server: Server, client: Client, minutes: float, streams: int = STREAMS)
 
 def held(server: Server) -> dict[str, int]:
     """What the server's processes hold now: bytes (pinned ones, too), threads, open files."""
-    gpu, _ = find_gpu()
-    return {
-        "memory": server.memory_bytes(),
-        "card": (gpu.used_bytes if gpu else None) or 0,
-        **server.held(),
-    }
+    return {"memory": server.memory_bytes(), "card": card_bytes() or 0, **server.held()}
 
 
 def growth(samples: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -161,16 +155,17 @@ def sentences(found: dict[str, Any]) -> list[str]:
 
 def _greedy(client: Client, prompt: list[int]) -> list[int]:
     """The idle server's answer, computed anew."""
-    httpx.post(f"{client.url}/flush_cache", timeout=60).raise_for_status()
+    httpx.post(f"{client.url}/flush_cache", headers=client.admin, timeout=60).raise_for_status()
     response = httpx.post(
-        f"{client.url}/generate", json=_body(prompt, FIXED_TOKENS, 0), timeout=TIMEOUT
+        f"{client.url}/generate", json=body(prompt, FIXED_TOKENS, 0), timeout=TIMEOUT
     )
     response.raise_for_status()
     answer: list[int] = response.json()["output_ids"]
     return answer
 
 
-def _body(prompt: Sequence[int], tokens: int, temperature: float) -> dict[str, Any]:
+def body(prompt: Sequence[int], tokens: int, temperature: float) -> dict[str, Any]:
+    """A request for so many tokens, no fewer."""
     return {
         "input_ids": list(prompt),
         "sampling_params": {
@@ -191,9 +186,9 @@ def _ask_until(stop: threading.Event, url: str, number: int, seen: Seen) -> None
             length = round(math.exp(rng.uniform(math.log(SHORTEST), math.log(LONGEST))))
             tokens = rng.randint(FEWEST, MOST)
             leave_after = rng.randint(1, tokens - 1) if count % ABORTED == 0 else None
-            body = {**_body(random_prompt(rng, length), tokens, 1), "stream": True}
+            asked = {**body(random_prompt(rng, length), tokens, 1), "stream": True}
             try:
-                _stream(http, f"{url}/generate", body, leave_after, seen)
+                _stream(http, f"{url}/generate", asked, leave_after, seen)
             except (httpx.HTTPError, ValueError) as error:
                 with seen.lock:
                     seen.errors.append(f"{type(error).__name__}: {error}")
@@ -201,12 +196,12 @@ def _ask_until(stop: threading.Event, url: str, number: int, seen: Seen) -> None
 
 
 def _stream(
-    http: httpx.Client, url: str, body: dict[str, Any], leave_after: int | None, seen: Seen
+    http: httpx.Client, url: str, asked: dict[str, Any], leave_after: int | None, seen: Seen
 ) -> None:
     """One answer; after ``leave_after`` of its tokens the connection is closed."""
     started = time.perf_counter()
     came: list[tuple[float, int]] = []  # when, and how many tokens there were then
-    with http.stream("POST", url, json=body) as response:
+    with http.stream("POST", url, json=asked) as response:
         response.raise_for_status()
         for line in response.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":

@@ -11,11 +11,10 @@ from typing import Any
 
 import httpx
 
-from benchmarks.rehearsal import soak, trace
-from benchmarks.rehearsal.measures import Client
+from benchmarks.rehearsal import interference, soak, trace
+from benchmarks.rehearsal.measures import Client, card_bytes
 from benchmarks.server import Server
-from deploy.gpu_memory import V32_CONFIG
-from deploy.machine import find_gpu
+from deploy.launch.gpu_memory import V32_CONFIG
 from kt_kernel.engine import TOTALS_VARIABLE
 
 PROFILED_STEPS = 12
@@ -37,6 +36,7 @@ class Questions:
         rounds: of everything; prompts of over 4096 tokens are asked once.
         profile: whether to take a step apart.
         soak: minutes under load.
+        interference: whether a long prompt comes in while others' answers run.
     """
 
     prompts: tuple[int, ...]
@@ -44,6 +44,7 @@ class Questions:
     rounds: int
     profile: bool
     soak: float = 0.0
+    interference: bool = False
 
 
 def say(text: str) -> None:
@@ -84,7 +85,12 @@ def ask(
     server: Server, layers: int, settings: Mapping[str, str], questions: Questions, folder: Path
 ) -> dict[str, Any]:
     """All questions to a running server; what was found."""
-    client = Client(f"http://127.0.0.1:{server.port}", layers, totals_file(folder, layers))
+    client = Client(
+        f"http://127.0.0.1:{server.port}",
+        layers,
+        totals_file(folder, layers),
+        admin=server.admin,
+    )
     found: dict[str, Any] = {"layers": layers, "start_seconds": server.start_seconds}
     client.decode(1, 1, 16)  # what runs for the first time is compiled
     client.prefill(512, 1)
@@ -108,6 +114,14 @@ def ask(
             client.prefill(tokens, 1)
         found["prefill"][str(tokens)] = times = client.prefill(tokens, rounds)
         say(f"{layers} MoE layers, a prompt of {tokens}: {min(times):.3f} s at best")
+    if questions.interference:
+        found["interference"] = beside = interference.measure(client)
+        say(
+            f"{layers} MoE layers, a prompt of {beside['prompt']} beside {beside['streams']} "
+            f"answers: {beside['first_token']:.1f} s; their tokens take "
+            f"{beside['alone'].get('p50', 0):.3f} s before, {beside['beside'].get('p50', 0):.3f} "
+            f"(median) to {beside['beside'].get('most', 0):.3f} s meanwhile"
+        )
     found["memory_bytes"] = server.memory_bytes()
     found["card_bytes"] = card_bytes()  # before the profiler takes some
     if questions.profile:
@@ -140,9 +154,3 @@ def profile(client: Client, folder: Path, layers: int) -> dict[str, Any] | None:
         say("the profile shows no layer calls: the parts of a step are not known")
         return None
     return step.to_json()
-
-
-def card_bytes() -> int | None:
-    """Memory of the card in use; None without one, or if the driver does not tell."""
-    gpu, _ = find_gpu()
-    return gpu.used_bytes if gpu else None

@@ -28,9 +28,9 @@ from protocol import (
 
 class Ggml:
     def __init__(self, job: Job) -> None:
-        self._library = _open(Path(job.rival))
+        self._library = _open(Path(job.baseline))
         self._layer = self._library.layer_new(
-            os.fsencode(job.rival), job.threads, HIDDEN, INTERMEDIATE, job.experts, TOP_K,
+            os.fsencode(job.baseline), job.threads, HIDDEN, INTERMEDIATE, job.experts, TOP_K,
             job.method.encode(),
         )  # fmt: skip
         if not self._layer:
@@ -71,7 +71,7 @@ class Ggml:
 def _open(folder: Path) -> Any:
     path = folder / "libggml_layer.so"
     if not path.is_file():
-        raise Unavailable(f"{path} is missing: prepare the rivals again")
+        raise Unavailable(f"{path} is missing: prepare the baselines again")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -34,7 +34,7 @@ class Upstream:
     def __init__(self, job: Job) -> None:
         if "avx2" not in Path("/proc/cpuinfo").read_text():
             raise Unavailable("the wheel needs AVX2")
-        extension, self._build = _load_extension(Path(job.rival))
+        extension, self._build = _load_extension(Path(job.baseline))
         classes, fill, self._bits = _METHODS[job.method]
         found = [name for name in classes if hasattr(extension.moe, name)]
         if not found:
@@ -85,7 +85,7 @@ def _load_extension(folder: Path) -> tuple[Any, str]:
     detect = folder / "kt_kernel" / "_cpu_detect.py"
     spec = importlib.util.spec_from_file_location("_cpu_detect", detect)
     if spec is None or spec.loader is None or not detect.is_file():
-        raise Unavailable(f"{detect} is missing: prepare the rivals again")
+        raise Unavailable(f"{detect} is missing: prepare the baselines again")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     try:
@@ -110,7 +110,12 @@ def _fill_bf16(config: Any, job: Job) -> list[NDArray[Any]]:
     return held
 
 
-def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray[Any]]:
+def _fill_quantised(
+    config: Any, job: Job, bits: int, group_size: int, quantise: Any
+) -> list[NDArray[Any]]:
+    config.quant_config.bits = bits
+    config.quant_config.group_size = group_size
+    config.quant_config.zero_point = False
     held = []
     for projection in PROJECTIONS:
         parts = [quantise(job.source_floats(projection, i)) for i in range(job.num_sources)]
@@ -123,10 +128,7 @@ def _fill_quantised(config: Any, job: Job, quantise: Any) -> list[NDArray[Any]]:
 
 
 def _fill_int4(config: Any, job: Job) -> list[NDArray[Any]]:
-    config.quant_config.bits = 4
-    config.quant_config.group_size = _INT4_GROUP
-    config.quant_config.zero_point = False
-    return _fill_quantised(config, job, _quantise_int4)
+    return _fill_quantised(config, job, 4, _INT4_GROUP, _quantise_int4)
 
 
 def _quantise_int4(weights: Floats) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -141,10 +143,7 @@ def _quantise_int4(weights: Floats) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _fill_fp8(config: Any, job: Job) -> list[NDArray[Any]]:
-    config.quant_config.bits = 8
-    config.quant_config.group_size = _FP8_BLOCK
-    config.quant_config.zero_point = False
-    return _fill_quantised(config, job, _quantise_fp8)
+    return _fill_quantised(config, job, 8, _FP8_BLOCK, _quantise_fp8)
 
 
 def _quantise_fp8(weights: Floats) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""A bound, not a rival: one dense int8 product of as many operations, through torch (oneDNN).
+"""A bound, not a baseline: one dense int8 product of as many operations, through torch (oneDNN).
 
 No experts, no routing, no activation, weights read once for all tokens; its result is nobody's
 output, so it has no error.

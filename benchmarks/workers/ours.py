@@ -27,6 +27,7 @@ from protocol import (
 sys.path.append(str(Path(__file__).parents[2]))
 from kt_kernel import KTMoEWrapper, _ext, packed
 from kt_kernel.engine import target_name
+from kt_kernel.files.safetensors_header import header_bytes
 
 
 class Ours:
@@ -48,7 +49,7 @@ class Ours:
             cpuinfer_threads=job.threads,
             threadpool_count=1,
             weight_path=str(folder),
-            method=packed.SERVED_AS[job.method],
+            method=packed.METHODS[job.method].kt_method,
         )
         self._wrapper.load_weights(torch.arange(job.experts))
 
@@ -80,7 +81,7 @@ def write_layer(path: Path, layout: packed.PackedLayout, job: Job) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         parts = dict(zip(wanted, pool.map(lambda key: pack(*key), wanted), strict=True))
     with path.open("wb") as file:
-        file.write(packed.header_bytes(layout.tensors(), layout.metadata(0)))
+        file.write(header_bytes(layout.tensors(), layout.metadata(0)))
         for name in layout.tensors():
             if name == "tables":
                 file.write(_ext.int4_tables(layout.method).tobytes())

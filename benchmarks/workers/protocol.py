@@ -8,8 +8,8 @@ engine, then answers one JSON line on standard output for each line on standard 
     {"time": TOKENS, "seed": S, "seconds": T, "calls": N}
                                        -> {"ms": [...], "experts": [distinct experts, ...]}
 
-The scripts are run by path and import nothing of the project but this file, so that a rival's
-process holds only the rival.
+The scripts are run by path and import nothing of the project but this file, so that a baseline's
+process holds only the baseline.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Job:
         sources: folder of ``gate.npy``, ``up.npy`` and ``down.npy``, bf16 bits [S, N, K]. Expert
             ``e`` is a copy of source ``e % S``: speed does not depend on the values, and drawing
             and quantising all experts would take most of the benchmark's time.
-        rival: folder of the rival's files, empty for our own engine.
+        baseline: folder of the baseline's files, empty for our own engine.
     """
 
     method: str
@@ -61,7 +61,7 @@ class Job:
     experts: int
     max_tokens: int
     sources: str
-    rival: str = ""
+    baseline: str = ""
 
     def source(self, projection: str) -> Bf16:
         """bf16 bits [S, N, K] of one projection, mapped from the file."""

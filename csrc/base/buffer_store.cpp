@@ -1,5 +1,6 @@
 #include "base/buffer_store.h"
 
+#include <exception>
 #include <utility>
 
 namespace kt {
@@ -12,7 +13,7 @@ constexpr size_t kLeastKept = size_t{1} << 17;
 
 struct BufferStore::Loan {
   const std::shared_ptr<BufferStore> store;
-  Buffer buffer;
+  Kept kept;
 
   explicit Loan(std::shared_ptr<BufferStore> from) : store(std::move(from)) {
     const std::lock_guard lock(store->mutex_);
@@ -20,7 +21,7 @@ struct BufferStore::Loan {
     store->free_.reserve(store->free_.size() + store->lent_ + 1);
     ++store->lent_;
   }
-  ~Loan() { store->give(std::move(buffer)); }
+  ~Loan() { store->give(std::move(kept)); }
   Loan(const Loan&) = delete;
   Loan& operator=(const Loan&) = delete;
 };
@@ -32,34 +33,65 @@ std::shared_ptr<uint8_t> BufferStore::take(size_t bytes) {
     return {std::move(memory), data};
   }
   auto loan = std::make_shared<Loan>(shared_from_this());
-  loan->buffer = find(bytes);
-  loan->buffer.reserve(bytes);
-  uint8_t* const data = loan->buffer.data();
+  loan->kept = find(bytes);
+  fit(loan->kept, bytes);
+  uint8_t* const data = loan->kept.buffer.data();
   return {std::move(loan), data};
+}
+
+// Makes it large enough, and pinned where memory is to be.
+void BufferStore::fit(Kept& kept, size_t bytes) {
+  std::shared_ptr<const Pinning> pinning;
+  {
+    const std::lock_guard lock(mutex_);
+    pinning = pinning_;
+  }
+  if (kept.buffer.bytes() < bytes && kept.pinned) {
+    pinning->unpin(kept.buffer.data());
+    kept.pinned = false;
+  }
+  kept.buffer.reserve(bytes);
+  if (!pinning || kept.pinned) return;
+  try {
+    pinning->pin(kept.buffer.data(), kept.buffer.bytes());
+  } catch (const std::exception&) {
+    return;  // it would only have saved time
+  }
+  kept.pinned = true;
+}
+
+void BufferStore::use(std::shared_ptr<const Pinning> pinning) {
+  const std::lock_guard lock(mutex_);
+  if (!pinning_) pinning_ = std::move(pinning);
+}
+
+BufferStore::~BufferStore() {
+  for (const Kept& kept : free_)
+    if (kept.pinned) pinning_->unpin(kept.buffer.data());
 }
 
 // The smallest that suffices, or the largest to be replaced: no more buffers than are ever in use
 // at once, and none that is too small for long.
-Buffer BufferStore::find(size_t bytes) {
+BufferStore::Kept BufferStore::find(size_t bytes) {
   const std::lock_guard lock(mutex_);
   auto best = free_.end();
   for (auto it = free_.begin(); it != free_.end(); ++it) {
-    const bool better =
-        best == free_.end() ||
-        (best->bytes() < bytes ? it->bytes() > best->bytes()
-                               : it->bytes() >= bytes && it->bytes() < best->bytes());
+    const size_t size = it->buffer.bytes();
+    const bool better = best == free_.end() || (best->buffer.bytes() < bytes
+                                                    ? size > best->buffer.bytes()
+                                                    : size >= bytes && size < best->buffer.bytes());
     if (better) best = it;
   }
   if (best == free_.end()) return {};
-  Buffer buffer = std::move(*best);
+  Kept kept = std::move(*best);
   free_.erase(best);
-  return buffer;
+  return kept;
 }
 
-void BufferStore::give(Buffer buffer) noexcept {
+void BufferStore::give(Kept kept) noexcept {
   const std::lock_guard lock(mutex_);
   --lent_;
-  if (buffer.bytes() > 0) free_.push_back(std::move(buffer));
+  if (kept.buffer.bytes() > 0) free_.push_back(std::move(kept));
 }
 
 }  // namespace kt

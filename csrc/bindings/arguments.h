@@ -14,10 +14,12 @@
 namespace kt {
 
 inline Method parse_method(const std::string& name) {
-  if (name == "int4") return Method::kInt4;
-  if (name == "int4-4x8") return Method::kInt4Block8;
-  if (name == "int8") return Method::kInt8;
-  fail_argument("unknown method '", name, "': expected int4, int4-4x8 or int8");
+  std::string names;
+  for (int m = 0; m < kNumMethods; ++m) {
+    if (name == kMethods[m].name) return static_cast<Method>(m);
+    names += concat(m == 0 ? "" : m + 1 < kNumMethods ? ", " : " or ", kMethods[m].name);
+  }
+  fail_argument("unknown method '", name, "': expected ", names);
 }
 
 inline ActivationDtype parse_activation_dtype(const std::string& name) {
@@ -67,9 +69,11 @@ inline const void* checked_weights(const pybind11::array& array, const std::vect
       return checked_data<uint8_t>(array, shape, name);
     case SourceDtype::kFp32:
       return checked_data<float>(array, shape, name);
-    default:
+    case SourceDtype::kBf16:
+    case SourceDtype::kFp16:
       return checked_data<uint16_t>(array, shape, name);
   }
+  fail_argument(name, " has a dtype that this function does not know");
 }
 
 // On a device: all that can be told from here is that there is one.

@@ -20,7 +20,7 @@ class WithoutGil {
   PyThreadState* const state_;
 };
 
-void bind_machine(pybind11::module_& module);  // targets, CPU features, topology
+void bind_machine(pybind11::module_& module);  // targets, CPU features
 void bind_weights(pybind11::module_& module);  // packing one projection
 void bind_layer(pybind11::module_& module);    // engine, layer, job
 void bind_stream(pybind11::module_& module);   // a layer's calls on a CUDA stream

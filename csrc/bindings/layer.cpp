@@ -50,7 +50,9 @@ std::shared_ptr<Layer> make_layer(std::shared_ptr<Engine> engine, int64_t num_ex
 
 void load_file(Layer& layer, const std::string& path, const std::array<FileOffsets, 3>& offsets,
                const std::optional<py::array>& tables, const std::vector<int64_t>& source) {
-  if (is_int4(layer.config().method) && !tables) fail_argument("int4 weights need tables");
+  if (has_tables(layer.config().method) && !tables)
+    fail_argument("weights of method ", kMethods[static_cast<int>(layer.config().method)].name,
+                  " need tables");
   const int8_t* const table_data =
       tables ? checked_data<int8_t>(*tables, {kNumTables, kTableLevels}, "tables") : nullptr;
   const WithoutGil released;
@@ -59,17 +61,17 @@ void load_file(Layer& layer, const std::string& path, const std::array<FileOffse
 
 void load_matrices(Layer& layer, const std::array<py::array, 3>& weights, const std::string& dtype,
                    const std::vector<int64_t>& source) {
-  const SourceDtype of = parse_source_dtype(dtype);
-  if (of == SourceDtype::kFp8E4m3)
+  const SourceDtype source_dtype = parse_source_dtype(dtype);
+  if (source_dtype == SourceDtype::kFp8E4m3)
     fail_argument("dtype is fp8_e4m3, whose scales are missing: expected bf16, fp16 or fp32");
   std::array<SourceMatrix, 3> stacked;
   for (Projection projection : kProjections) {
     const ProjectionLayout layout = layer.layout(projection);
     const auto i = static_cast<size_t>(projection);
     const char* const name = std::array{"gate", "up", "down"}[i];
-    const void* const data =
-        checked_weights(weights[i], {layer.config().num_experts, layout.n, layout.k}, of, name);
-    stacked[i] = {data, of, nullptr, layout.n, layout.k};
+    const void* const data = checked_weights(
+        weights[i], {layer.config().num_experts, layout.n, layout.k}, source_dtype, name);
+    stacked[i] = {data, source_dtype, nullptr, layout.n, layout.k};
   }
   const WithoutGil released;
   layer.load_matrices(stacked, source);
@@ -97,6 +99,20 @@ std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& i
   std::shared_ptr<uint8_t> held = lent(out, layer.output_bytes(inputs.dtype, tokens));
   const WithoutGil released;
   return layer.submit(inputs, std::move(held));
+}
+
+// The slices' memory, which each array keeps alive with its layer; nobody writes there.
+py::list slices_of(const std::shared_ptr<Layer>& layer) {
+  py::list found;
+  for (const Slice& slice : layer->slices()) {
+    const std::vector<int64_t> shape = {layer->config().num_experts, slice.slot_bytes()};
+    if (slice.weights().data() == nullptr) fail_runtime("the layer has no weights");
+    py::array_t<uint8_t> weights(shape, slice.weights().data(), py::cast(layer));
+    py::list offsets;
+    for (Projection projection : kProjections) offsets.append(slice.part_offsets(projection));
+    found.append(py::make_tuple(slice.begin(), slice.end(), offsets, weights));
+  }
+  return found;
 }
 
 }  // namespace
@@ -157,7 +173,14 @@ void bind_layer(py::module_& module) {
            py::arg("source"))
       .def("load_matrices", &load_matrices, py::arg("weights"), py::arg("dtype"), py::arg("source"))
       .def("submit", &submit, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"))
-      .def_property_readonly("weight_bytes", &Layer::weight_bytes);
+      .def_property_readonly("weight_bytes", &Layer::weight_bytes)
+      .def_property_readonly("token_counts",
+                             [](const Layer& layer) {
+                               const std::vector<int64_t> counts = layer.token_counts();
+                               return py::array_t<int64_t>(static_cast<py::ssize_t>(counts.size()),
+                                                           counts.data());
+                             })
+      .def_property_readonly("slices", &slices_of);
 }
 
 }  // namespace kt

@@ -5,6 +5,16 @@
 namespace py = pybind11;
 
 namespace kt {
+namespace {
+
+// The context goes when the last memory that it has pinned is gone.
+void pin_outputs(const std::shared_ptr<StreamContext>& context, const Engine& engine) {
+  engine.outputs->use(std::make_shared<const Pinning>(Pinning{
+      [context](uint8_t* memory, size_t bytes) { context->runtime.register_memory(memory, bytes); },
+      [context](uint8_t* memory) { context->runtime.host_unregister(memory); }}));
+}
+
+}  // namespace
 
 void bind_stream(py::module_& module) {
   py::class_<StreamContext, std::shared_ptr<StreamContext>>(module, "StreamContext")
@@ -13,6 +23,15 @@ void bind_stream(py::module_& module) {
            }),
            py::arg("library"))
       .def_property_readonly("failure", &StreamContext::failure)
+      .def(
+          "register_memory",
+          [](StreamContext& context, const py::array_t<uint8_t>& memory) {
+            if (!(memory.flags() & py::array::c_style)) fail_argument("memory has gaps");
+            context.runtime.register_memory(const_cast<uint8_t*>(memory.data()),
+                                            static_cast<size_t>(memory.nbytes()));
+          },
+          py::arg("memory").noconvert())
+      .def("pin_outputs", &pin_outputs, py::arg("engine"))
       .def(
           "end_overdue",
           [](StreamContext& context, double seconds) {

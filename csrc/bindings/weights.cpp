@@ -60,7 +60,7 @@ py::dict quantize(const py::array& weight, const std::string& dtype,
   }
   py::dict packed;
   packed["codes"] = codes;
-  if (is_int4(how)) packed["table_index"] = index;
+  if (has_tables(how)) packed["table_index"] = index;
   packed["scales"] = scales;
   return packed;
 }
@@ -75,8 +75,8 @@ Array<float> dequantize(const py::array& codes, const py::array& scales,
   const auto* scales_data = checked_data<uint16_t>(scales, {n}, "scales");
   const uint8_t* index_data = nullptr;
   const int8_t* tables_data = nullptr;
-  if (is_int4(layout.method)) {
-    if (!index || !tables) fail_argument("int4 needs table_index and tables");
+  if (has_tables(layout.method)) {
+    if (!index || !tables) fail_argument("method ", method, " needs table_index and tables");
     index_data = checked_data<uint8_t>(*index, {layout.panels(), layout.index_per_panel() / 4, 4},
                                        "table_index");
     tables_data = checked_data<int8_t>(*tables, {kNumTables, kTableLevels}, "tables");
@@ -102,9 +102,9 @@ void bind_weights(py::module_& module) {
   module.def(
       "int4_tables",
       [](const std::string& method) {
-        const Method of = parse_method(method);
-        if (!is_int4(of)) fail_argument("method ", method, " has no tables");
-        return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables(of)[0][0]);
+        const Method how = parse_method(method);
+        if (!has_tables(how)) fail_argument("method ", method, " has no tables");
+        return Array<int8_t>({kNumTables, kTableLevels}, &int4_tables(how)[0][0]);
       },
       py::arg("method"));
 }

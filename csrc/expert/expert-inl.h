@@ -1,5 +1,12 @@
 // One expert's MLP over a range of panels: gate and up with SwiGLU, then down with the routing
-// weight. The sums of a chunk of tokens then go through the epilogue to their place.
+// weight. The sums of up to MC tokens then go through the epilogue to their place.
+#pragma once
+
+#include <cstdint>
+
+#include "expert/swiglu-inl.h"
+#include "expert/tasks.h"
+#include "gemm/panels-inl.h"
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
@@ -61,9 +68,9 @@ struct DownEpilogue {
   float* out;  // of row 0
   Floats scale[2];
 
-  DownEpilogue(const DownTask& t, const Panels<2>& at, int64_t panel)
+  DownEpilogue(const DownTask& t, const Panels<2>& p, int64_t panel)
       : task(t),
-        panels(at),
+        panels(p),
         out(t.out + 16 * panel),
         scale{load_bf16(t.down.scales + 16 * panel), load_bf16(t.down.scales + 16 * panel + 16)} {}
 

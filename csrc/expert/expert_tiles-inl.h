@@ -1,4 +1,9 @@
 // expert-inl.h on matrix tiles, for experts with enough tokens to fill them.
+#pragma once
+
+#include "gemm/tiles-inl.h"
+
+#include "expert/expert-inl.h"
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {

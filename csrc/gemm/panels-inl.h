@@ -1,14 +1,20 @@
 // The integer product: two panels of 16 rows times the activation rows of one expert's tokens.
 //
 // Up to kDirectTokens tokens: weights go from memory through the table shuffle to the product in
-// registers and are used at once, for each block of tokens again. More: a slab of k is unpacked
+// registers and are used at once, for each block of tokens again. More: a block of KC k is unpacked
 // once into the first-level cache and used for all tokens, their sums waiting in memory between
-// slabs. What comes next is fetched in the meantime, a line now and then: bursts would hold up the
-// loads behind them.
+// such blocks. What comes next is prefetched in the meantime, a line now and then: bursts would
+// hold up the loads behind them.
 //
 // The innermost loops are functions of their own, which take a block of kPanelBlock panels and
 // kTokenBlock tokens and give their sums through memory. Inlined into what surrounds them,
 // compilers find no registers for the sums: they copy each one at each step, and spill some.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm/operands.h"
+#include "isa/vocabulary-inl.h"
 
 namespace kt::KT_TARGET_NAMESPACE {
 namespace {
@@ -20,25 +26,26 @@ static_assert(kPanels % kPanelBlock == 0);
 // Ahead of the codes' stream: beyond a page's start-up miss.
 constexpr int64_t kPrefetchBytes = 2048;
 
-// k of a slab: two panels of it are 16 KiB, half of the smallest first-level cache.
-constexpr int64_t kSlabK = 512;
+// KC, the k that are unpacked at once: of two panels they take 16 KiB, half of the smallest
+// first-level cache.
+constexpr int64_t kKc = 512;
+constexpr int64_t kKcBytes = kKc * 16;  // of one panel, unpacked
 
-// Tokens whose sums wait in memory together, and that share a slab: sums of two panels are 16 KiB.
-constexpr int64_t kChunkTokens = 128;
+// MC, the tokens that share unpacked weights while their sums wait in memory: sums of two panels
+// are 16 KiB.
+constexpr int64_t kMc = 128;
 
-constexpr int64_t kSlabBytes = kSlabK * 16;  // of one panel
-
-// k of a round of the inner loops, in which slabs fetch once; all k are multiples of it.
-constexpr int64_t kRoundK = 16;
+// k of an iteration of the inner loops, which prefetches once; all k are multiples of it.
+constexpr int64_t kUnrollK = 16;
 
 // What multiply_panels needs of a worker's memory.
 struct PanelWorkspace {
-  alignas(64) uint8_t slab[kPanels][kSlabBytes];
-  alignas(64) int32_t sums[kChunkTokens][kPanels][16];
+  alignas(64) uint8_t weights[kPanels][kKcBytes];  // unpacked
+  alignas(64) int32_t sums[kMc][kPanels][16];
 };
 
-// P panels of one or several matrices, each with k columns. `next` is what slabs and tiles fetch
-// into the cache on the way.
+// P panels of one or several matrices, each with k columns. `next` is what is prefetched on the
+// way.
 template <int P>
 struct Panels {
   const uint8_t* codes[P];
@@ -56,47 +63,47 @@ constexpr int64_t code_bytes(int64_t k) {
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Fetches `bytes` of each of the panels at `at` into the cache, spread over `calls` calls of run.
-class Fetcher {
+// Prefetches `bytes` of each of the `panels`, spread over `calls` calls of run.
+class Prefetcher {
  public:
-  Fetcher(const uint8_t* const (&at)[kPanels], int64_t bytes, int64_t calls)
+  Prefetcher(const uint8_t* const (&panels)[kPanels], int64_t bytes, int64_t calls)
       : bytes_(bytes), step_(64 * divide_up(bytes / 64, calls)) {
-    for (int p = 0; p < kPanels; ++p) at_[p] = at[p];
+    for (int p = 0; p < kPanels; ++p) next_[p] = panels[p];
   }
 
   template <void (*Prefetch)(const uint8_t*) = prefetch>
   void run() {
     for (int64_t line = 0; line < step_ && bytes_ > 0; line += 64, bytes_ -= 64) {
       for (int p = 0; p < kPanels; ++p) {
-        Prefetch(at_[p]);
-        at_[p] += 64;
+        Prefetch(next_[p]);
+        next_[p] += 64;
       }
     }
   }
 
  private:
-  const uint8_t* at_[kPanels];
+  const uint8_t* next_[kPanels];
   int64_t bytes_;  // left, of each
   int64_t step_;   // of a call
 };
 
 // The kPanelBlock panels from `first` on.
 inline Panels<kPanelBlock> panel_block(const Panels<kPanels>& panels, int first) {
-  Panels<kPanelBlock> some;
+  Panels<kPanelBlock> block;
   for (int p = 0; p < kPanelBlock; ++p) {
-    some.codes[p] = panels.codes[first + p];
-    some.index[p] = panels.index[first + p];
-    some.next[p] = panels.next[first + p];
+    block.codes[p] = panels.codes[first + p];
+    block.index[p] = panels.index[first + p];
+    block.next[p] = panels.next[first + p];
   }
-  some.tables = panels.tables;
-  some.k = panels.k;
-  return some;
+  block.tables = panels.tables;
+  block.k = panels.k;
+  return block;
 }
 
 // Calls step(weights of the P panels, k) for every 4 k from `begin` to `end`, unpacked from codes.
 template <int P, int BlockK, class F>
 inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, const F& step) {
-  constexpr int64_t kStep = BlockK > 0 ? BlockK : kRoundK;
+  constexpr int64_t kStep = BlockK > 0 ? BlockK : kUnrollK;
   for (int64_t block = begin; block < end; block += kStep) {
     if constexpr (BlockK > 0) {
       Tables tables[P];
@@ -113,7 +120,7 @@ inline void for_weights(const Panels<P>& panels, int64_t begin, int64_t end, con
         step(high, block + k + 4);
       }
     } else {
-      for (int64_t k = 0; k < kRoundK; k += 4) {
+      for (int64_t k = 0; k < kUnrollK; k += 4) {
         Weights w[P];
         for (int p = 0; p < P; ++p) {
           const uint8_t* codes = panels.codes[p] + 16 * (block + k);
@@ -195,11 +202,11 @@ template <int BlockK, int T>
   store_block(sums, acc);
 }
 
-// A block over the k of a slab.
+// A block over k of unpacked weights.
 template <int T>
-[[gnu::noinline]] void multiply_slab(const uint8_t (*slab)[kSlabBytes], int64_t k, bool first,
-                                     const uint8_t* x, int64_t stride, Fetcher& fetcher,
-                                     int32_t* sums) {
+[[gnu::noinline]] void multiply_unpacked(const uint8_t (*weights)[kKcBytes], int64_t k, bool first,
+                                         const uint8_t* x, int64_t stride, Prefetcher& prefetcher,
+                                         int32_t* sums) {
   const RowPointers<T> rows(x, stride);
   Acc acc[T][kPanelBlock];
   if (first) {
@@ -207,12 +214,12 @@ template <int T>
   } else {
     load_block(sums, acc);
   }
-  for (int64_t round = 0; round < k; round += kRoundK) {
-    fetcher.run();
-    for (int64_t step = 0; step < kRoundK; step += 4) {
+  for (int64_t begin = 0; begin < k; begin += kUnrollK) {
+    prefetcher.run();
+    for (int64_t step = 0; step < kUnrollK; step += 4) {
       Weights w[kPanelBlock];
-      for (int p = 0; p < kPanelBlock; ++p) w[p] = reload_weights(slab[p] + 16 * (round + step));
-      multiply_step(w, rows, round + step, acc);
+      for (int p = 0; p < kPanelBlock; ++p) w[p] = reload_weights(weights[p] + 16 * (begin + step));
+      multiply_step(w, rows, begin + step, acc);
     }
   }
   store_block(sums, acc);
@@ -237,38 +244,39 @@ inline void for_token_blocks(int64_t count, const F& block) {
   tail_block<kTokenBlock - 1>(first, count - first, block);
 }
 
-// The sums of the first `tokens` rows of x, at most kChunkTokens, into w.sums.
+// The sums of the first `tokens` rows of x, at most kMc, into w.sums.
 template <int BlockK>
 void multiply_direct(const Panels<kPanels>& panels, const Rows& x, int64_t tokens,
                      PanelWorkspace& w) {
   for (int p = 0; p < kPanels; p += kPanelBlock) {
-    const Panels<kPanelBlock> some = panel_block(panels, p);
+    const Panels<kPanelBlock> block = panel_block(panels, p);
     for_token_blocks(tokens, [&]<int T>(int64_t first) {
-      multiply_codes<BlockK, T>(some, x.data + first * x.stride, x.stride, w.sums[first][p]);
+      multiply_codes<BlockK, T>(block, x.data + first * x.stride, x.stride, w.sums[first][p]);
     });
   }
 }
 
-// The same through slabs. `next` is what to fetch during the last one.
+// The same with weights that are unpacked KC at a time. `next` is what to prefetch during the last.
 template <int BlockK>
-void multiply_slabs(const Panels<kPanels>& panels, const Rows& x, int64_t tokens,
+void multiply_by_kc(const Panels<kPanels>& panels, const Rows& x, int64_t tokens,
                     const uint8_t* const (&next)[kPanels], PanelWorkspace& w) {
-  for (int64_t begin = 0; begin < panels.k; begin += kSlabK) {
-    const int64_t end = begin + kSlabK < panels.k ? begin + kSlabK : panels.k;
+  for (int64_t begin = 0; begin < panels.k; begin += kKc) {
+    const int64_t end = begin + kKc < panels.k ? begin + kKc : panels.k;
     for_weights<kPanels, BlockK>(panels, begin, end,
                                  [&](const Weights(&weights)[kPanels], int64_t k) {
                                    for (int p = 0; p < kPanels; ++p)
-                                     store_weights(w.slab[p] + (k - begin) * 16, weights[p]);
+                                     store_weights(w.weights[p] + (k - begin) * 16, weights[p]);
                                  });
     const uint8_t* after[kPanels];
     for (int p = 0; p < kPanels; ++p)
       after[p] = end == panels.k ? next[p] : panels.codes[p] + code_bytes<BlockK>(end);
     const int64_t blocks = kPanels / kPanelBlock * divide_up(tokens, kTokenBlock);
-    Fetcher fetcher(after, code_bytes<BlockK>(kSlabK), blocks * ((end - begin) / kRoundK));
+    Prefetcher prefetcher(after, code_bytes<BlockK>(kKc), blocks * ((end - begin) / kUnrollK));
     for (int p = 0; p < kPanels; p += kPanelBlock) {
       for_token_blocks(tokens, [&]<int T>(int64_t first) {
-        multiply_slab<T>(w.slab + p, end - begin, begin == 0, x.data + first * x.stride + begin,
-                         x.stride, fetcher, w.sums[first][p]);
+        multiply_unpacked<T>(w.weights + p, end - begin, begin == 0,
+                             x.data + first * x.stride + begin, x.stride, prefetcher,
+                             w.sums[first][p]);
       });
     }
   }
@@ -279,18 +287,18 @@ template <int BlockK, class Finish>
 void multiply_panels(const Panels<kPanels>& panels, const Rows& x, int64_t count,
                      uint8_t* workspace, const Finish& finish) {
   auto& w = *reinterpret_cast<PanelWorkspace*>(workspace);
-  for (int64_t chunk = 0; chunk < count; chunk += kChunkTokens) {
-    const int64_t tokens = count - chunk < kChunkTokens ? count - chunk : kChunkTokens;
-    const Rows rows{x.data + chunk * x.stride, x.stride, x.scales + chunk};
+  for (int64_t first = 0; first < count; first += kMc) {
+    const int64_t tokens = count - first < kMc ? count - first : kMc;
+    const Rows rows{x.data + first * x.stride, x.stride, x.scales + first};
     if (count <= kDirectTokens<(BlockK > 0)>) {
       multiply_direct<BlockK>(panels, rows, tokens, w);
     } else {
-      // The next chunk begins with the same panels.
-      multiply_slabs<BlockK>(panels, rows, tokens,
-                             chunk + tokens == count ? panels.next : panels.codes, w);
+      // The next tokens begin with the same panels.
+      multiply_by_kc<BlockK>(panels, rows, tokens,
+                             first + tokens == count ? panels.next : panels.codes, w);
     }
     for (int64_t i = 0; i < tokens; ++i)
-      finish(chunk + i, {load_acc(w.sums[i][0]), load_acc(w.sums[i][1])});
+      finish(first + i, {load_acc(w.sums[i][0]), load_acc(w.sums[i][1])});
   }
 }
 

@@ -3,6 +3,7 @@
 // VPMADDUBSW saturates at 16 bits, so its unsigned operand is |w| <= 127 and its signed one
 // x with w's sign: two products reach at most 2 * 127 * 127 = 32258 and the sum stays exact.
 #pragma once
+#define KT_ISA
 
 #include <immintrin.h>
 

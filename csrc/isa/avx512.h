@@ -4,6 +4,7 @@
 // memory. So the weights are the unsigned ones, held as w + 128, and acc_to_floats takes
 // 128 * sum(x) off again, one number for each token, which costs nothing for each weight.
 #pragma once
+#define KT_ISA
 
 #include <immintrin.h>
 

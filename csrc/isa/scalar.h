@@ -6,6 +6,7 @@
 //   Acc       16 int32, one for each row of a panel
 //   Floats    16 float
 #pragma once
+#define KT_ISA
 
 #include <cmath>
 #include <cstdint>
@@ -62,7 +63,7 @@ inline Weights load_weights(const uint8_t* codes) {
   return w;
 }
 
-// Weights as they are kept in a slab (gemm/panels-inl.h), 64 bytes.
+// Unpacked weights as they are kept (gemm/panels-inl.h), 64 bytes.
 inline void store_weights(uint8_t* p, const Weights& w) { std::memcpy(p, w.v, 64); }
 inline Weights reload_weights(const uint8_t* p) { return load_weights(p); }
 

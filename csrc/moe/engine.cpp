@@ -3,24 +3,8 @@
 #include <algorithm>
 
 #include "base/error.h"
-#include "moe/layer_job.h"
 
 namespace kt {
-namespace {
-
-constexpr size_t kCopiedInputs = size_t{1} << 20;
-
-}  // namespace
-
-std::pair<int64_t, int64_t> GuidedCounter::take(int64_t total, int workers) {
-  int64_t begin = next_.load(std::memory_order_relaxed);
-  while (true) {
-    if (begin >= total) return {total, total};
-    const int64_t run = std::max<int64_t>(1, (total - begin) / (2 * workers));
-    const int64_t end = std::min(total, begin + run);
-    if (next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) return {begin, end};
-  }
-}
 
 Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen)
     : kernels(chosen),
@@ -31,19 +15,6 @@ Engine::Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& ch
   if (slices < pool.groups())
     fail_argument("an engine of ", pool.groups(), " groups of workers needs as many slices, not ",
                   slices);
-}
-
-void Engine::submit(const std::shared_ptr<LayerJob>& job, bool kept) {
-  const std::lock_guard lock(submit_mutex_);
-  // Workers read many inputs from the caller's memory if they can do so at once; few are copied
-  // sooner than workers are woken and waited for.
-  if (!kept && (!pool.idle() || job->input_bytes() <= kCopiedInputs)) job->copy_inputs();
-  if (!job->fits_scratch()) {
-    if (!pool.drain(job.get())) return;
-    job->grow_scratch();
-  }
-  job->note_submission();
-  pool.submit(job);
 }
 
 CallTotals Engine::totals() const {

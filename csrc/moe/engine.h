@@ -5,29 +5,16 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
-#include <utility>
 #include <vector>
 
 #include "base/buffer.h"
 #include "base/buffer_store.h"
 #include "moe/routing.h"
-#include "numa/pool.h"
 #include "targets/kernels.h"
+#include "threads/guided_counter.h"
+#include "threads/pool.h"
 
 namespace kt {
-
-class LayerJob;
-
-// Hands out [0, total) in runs of half of each worker's share of what is left, at least one.
-class GuidedCounter {
- public:
-  void reset() { next_.store(0, std::memory_order_relaxed); }
-  // The next run [begin, end); empty when all is taken.
-  std::pair<int64_t, int64_t> take(int64_t total, int workers);
-
- private:
-  std::atomic<int64_t> next_{0};
-};
 
 // Memory that calls of all layers use in turn, one set for each slice; jobs run one after the
 // other. The workers of a slice are the first to write to it, which places it on their node.
@@ -66,10 +53,6 @@ class Engine {
   // workers of group s % groups.
   Engine(std::vector<std::vector<int>> cpus, int slices, const Kernels& chosen);
 
-  // Queues a layer call once the scratch memory suffices for it, unless it is abandoned before.
-  // `kept`: its inputs stay until it has ended, and are never copied.
-  void submit(const std::shared_ptr<LayerJob>& job, bool kept);
-
   std::unique_ptr<CallMemory> take_memory();
   void give_memory(std::unique_ptr<CallMemory> memory) noexcept;
 
@@ -81,11 +64,11 @@ class Engine {
   static constexpr int kMaxSlices = 1024;  // NUMA nodes that Linux knows
 
   const Kernels& kernels;
+  std::mutex submission;         // one call at a time, which may grow the scratch
   std::vector<Scratch> scratch;  // of each slice
   const std::shared_ptr<BufferStore> outputs = std::make_shared<BufferStore>();
 
  private:
-  std::mutex submit_mutex_;
   std::mutex memory_mutex_;  // never held while waiting for a job: jobs give memory back
   std::vector<std::unique_ptr<CallMemory>> free_memory_;
   size_t memories_ = 0;  // made so far

@@ -1,84 +1,16 @@
 #include "moe/layer.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <utility>
 
 #include "base/error.h"
+#include "base/file.h"
 #include "moe/layer_job.h"
 
 namespace kt {
 namespace {
-
-class File {
- public:
-  explicit File(const std::string& path)
-      : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
-    if (fd_ < 0) fail_runtime("cannot open ", path_, ": ", std::strerror(errno));
-    // Many threads read in many places: what lies ahead is asked for explicitly.
-    posix_fadvise(fd_, 0, 0, POSIX_FADV_RANDOM);
-  }
-  ~File() { close(fd_); }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-
-  // Throws if the file does not hold this range: offsets come from a header that may be damaged.
-  void check_range(int64_t offset, int64_t bytes) const {
-    struct stat status;
-    if (fstat(fd_, &status) != 0) fail_runtime("cannot read ", path_, ": ", std::strerror(errno));
-    if (offset < 0 || bytes > status.st_size || offset > status.st_size - bytes)
-      fail_runtime(path_, " ends before byte ", offset, " + ", bytes, ": it is truncated");
-  }
-
-  void read_at(int64_t offset, int64_t bytes, uint8_t* out) const {
-    while (bytes > 0) {
-      const ssize_t got = pread(fd_, out, static_cast<size_t>(bytes), offset);
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) fail_runtime("cannot read ", path_, ": ", std::strerror(errno));
-      if (got == 0) fail_runtime(path_, " ends before byte ", offset + bytes, ": it is truncated");
-      out += got;
-      offset += got;
-      bytes -= got;
-    }
-  }
-
-  // Starts to fetch a range into the page cache. Drops it from there, but for pages that it shares
-  // with its neighbours; `bytes` 0 means to the end.
-  void fetch(int64_t offset, int64_t bytes) const {
-    posix_fadvise(fd_, offset, bytes, POSIX_FADV_WILLNEED);
-  }
-  void drop(int64_t offset, int64_t bytes) const {
-    posix_fadvise(fd_, offset, bytes, POSIX_FADV_DONTNEED);
-  }
-
- private:
-  const std::string path_;
-  const int fd_;
-};
-
-// Reads runs of ascending offsets, with the disk kept busy ahead of them.
-class Reader {
- public:
-  explicit Reader(const File& file) : file_(file) {}
-  void read_at(int64_t offset, int64_t bytes, uint8_t* out) {
-    for (fetched_ = std::max(fetched_, offset); fetched_ < offset + bytes + kAhead;
-         fetched_ += kFetch)
-      file_.fetch(fetched_, kFetch);
-    file_.read_at(offset, bytes, out);
-  }
-
- private:
-  static constexpr int64_t kFetch = 128 << 10;  // what Linux reads ahead at most, by default
-  static constexpr int64_t kAhead = 4 * kFetch;
-  const File& file_;
-  int64_t fetched_ = 0;
-};
 
 // Bytes of one expert's part of each tensor of a projection, by Part.
 std::array<int64_t, 3> part_bytes(const ProjectionLayout& whole) {
@@ -93,24 +25,14 @@ void check_source(const std::vector<int64_t>& source, int64_t num_experts) {
       fail_argument("expert map names expert ", expert, ", outside [0, ", num_experts, ")");
 }
 
-LayerConfig checked(const LayerConfig& config) {
-  if (config.num_experts < 1 || config.num_experts > kMaxExperts)
-    fail_argument("num_experts is ", config.num_experts, ": expected 1 to ", kMaxExperts);
-  if (config.top_k < 1 || config.top_k > config.num_experts)
-    fail_argument("top_k is ", config.top_k, ": expected 1 to ", config.num_experts);
-  for (const auto& [name, value] : {std::pair{"hidden_size", config.hidden_size},
-                                    std::pair{"intermediate_size", config.intermediate_size}})
-    if (value < kDimMultiple || value > kMaxDim || value % kDimMultiple != 0)
-      fail_argument(name, " is ", value, ": expected a positive multiple of ", kDimMultiple,
-                    " up to ", kMaxDim);
-  return config;
-}
-
 }  // namespace
 
 Layer::Layer(LayerConfig config, std::shared_ptr<Engine> engine,
              std::shared_ptr<const ExpertMask> on_gpu)
-    : config_(checked(config)), engine_(std::move(engine)), on_gpu_(std::move(on_gpu)) {
+    : config_(checked(config)),
+      engine_(std::move(engine)),
+      on_gpu_(std::move(on_gpu)),
+      token_counts_(static_cast<size_t>(config_.num_experts)) {
   if (!engine_) fail_argument("a layer needs an engine");
   if (!on_gpu_) on_gpu_ = std::make_shared<ExpertMask>(static_cast<size_t>(config_.num_experts));
   if (static_cast<int64_t>(on_gpu_->on_gpu.size()) != config_.num_experts)
@@ -129,7 +51,7 @@ void Layer::prepare(const int8_t* tables, const std::vector<int64_t>& source) {
   check_source(source, config_.num_experts);
   loaded_ = false;  // until finish: a failure on the way leaves a mixture
   for (Slice& slice : slices_) slice.reserve();
-  if (is_int4(config_.method)) {
+  if (has_tables(config_.method)) {
     tables_.reserve(kNumTables * kTableLevels);
     engine_->kernels.prepare_tables(tables, tables_.data());
   }
@@ -163,7 +85,7 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
     const auto start = [&](size_t part) {
       return offsets[static_cast<size_t>(projection)][part] + expert * bytes_of[part];
     };
-    Reader reader(file);
+    ReaderAhead reader(file);
     slices_[static_cast<size_t>(s)].for_each_run(
         slot, projection, [&](Part part, int64_t from, int64_t bytes, uint8_t* to) {
           reader.read_at(start(static_cast<size_t>(part)) + from, bytes, to);
@@ -178,7 +100,7 @@ void Layer::load_file(const std::string& path, const std::array<FileOffsets, 3>&
 
 void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
                           const std::vector<int64_t>& source) {
-  prepare(is_int4(config_.method) ? &int4_tables(config_.method)[0][0] : nullptr, source);
+  prepare(has_tables(config_.method) ? &int4_tables(config_.method)[0][0] : nullptr, source);
   // A row of down lies in all slices but has one scale, so one worker quantises all of it: the
   // memory is placed before.
   parallel_for(engine_->pool, num_slices(), config_.num_experts, [&](int s, int64_t slot) {
@@ -209,6 +131,19 @@ void Layer::load_matrices(const std::array<SourceMatrix, 3>& stacked,
   finish(source);
 }
 
+std::vector<int64_t> Layer::token_counts() const {
+  std::vector<int64_t> found(token_counts_.size());
+  for (size_t e = 0; e < found.size(); ++e)
+    found[e] = token_counts_[e].load(std::memory_order_relaxed);
+  return found;
+}
+
+void Layer::count_tokens(const Routing& routing) noexcept {
+  for (size_t e = 0; e < token_counts_.size(); ++e)
+    if (routing.routed[e] > 0)
+      token_counts_[e].fetch_add(routing.routed[e], std::memory_order_relaxed);
+}
+
 size_t Layer::row_bytes(ActivationDtype dtype) const {
   return static_cast<size_t>(config_.hidden_size) *
          (dtype == ActivationDtype::kBf16 ? sizeof(uint16_t) : sizeof(float));
@@ -221,8 +156,7 @@ size_t Layer::output_bytes(ActivationDtype dtype, int64_t tokens) const {
   return static_cast<size_t>(tokens) * row_bytes(dtype);
 }
 
-std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs,
-                                          std::shared_ptr<void> out) const {
+std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs, std::shared_ptr<void> out) {
   if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
   return std::make_shared<LayerJob>(*this, *engine_, inputs, std::move(out));
 }
@@ -230,7 +164,7 @@ std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs,
 std::shared_ptr<Job> Layer::submit(const CallInputs& inputs, std::shared_ptr<void> out) {
   auto job = make_job(inputs, std::move(out));
   if (const auto& bad = job->bad_id()) fail_argument(describe(*bad, config_.num_experts));
-  engine_->submit(job, false);
+  LayerJob::submit(job, false);
   job->wait_for_inputs();
   return job;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -66,16 +67,21 @@ class Layer {
   // Bytes of the weights in memory.
   int64_t weight_bytes() const { return weight_bytes_; }
 
+  // How often the ids of ended calls named each expert, [num_experts], on the GPU or here; calls
+  // may run meanwhile.
+  std::vector<int64_t> token_counts() const;
+  void count_tokens(const Routing& routing) noexcept;
+
   // Queues out = sum over top-k of weight * expert(x) for each row. Has read the inputs when it
   // returns, many rows of x with the workers' help. The job holds `out`, [tokens, hidden] in the
   // dtype of x, for as long as it may write there. Throws std::invalid_argument for a bad expert
   // id.
   std::shared_ptr<Job> submit(const CallInputs& inputs, std::shared_ptr<void> out);
-  // The same in two steps, for inputs that stay until the job has ended: they are not copied, and a
-  // bad id is left out, which the job's bad_id() tells. Between the steps somebody else may get to
-  // know the job, and abandon it where it has to wait for its turn.
-  std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, std::shared_ptr<void> out) const;
-  void submit_kept(const std::shared_ptr<LayerJob>& job) { engine_->submit(job, true); }
+  // The first of two steps, the other is LayerJob::submit, for inputs that stay until the job has
+  // ended: they are not copied, and a bad id is left out, which the job's bad_id() tells. Between
+  // the steps somebody else may get to know the job, and abandon it where it has to wait for its
+  // turn.
+  std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, std::shared_ptr<void> out);
   // As WorkerPool::abandon.
   bool abandon(Job& job, const std::string& reason) { return engine_->pool.abandon(job, reason); }
 
@@ -94,6 +100,7 @@ class Layer {
   const std::shared_ptr<Engine> engine_;
   std::shared_ptr<const ExpertMask> on_gpu_;
   std::vector<Slice> slices_;
+  std::vector<std::atomic<int64_t>> token_counts_;
   Buffer tables_;  // as the target wants them
   int64_t weight_bytes_ = 0;
   bool loaded_ = false;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <tuple>
 #include <utility>
 
@@ -11,6 +12,10 @@ namespace {
 // Panels that one down task sums over all experts: kernels take two at a time, and hidden sizes are
 // multiples of 64.
 constexpr int64_t kDownPanels = 2;
+
+// Workers read more than this from the caller's memory, if they can do so at once; less is copied
+// sooner than workers are woken and waited for.
+constexpr size_t kCopiedInputs = size_t{1} << 20;
 
 // Distance of rows in scratch memory, in bytes and in floats: an odd number of cache lines more
 // than the row, since rows a multiple of 4 KiB apart would all lie in the same set of the cache.
@@ -36,7 +41,7 @@ void reserve(std::vector<std::atomic<int32_t>>& counters, size_t count) {
 
 }  // namespace
 
-LayerJob::LayerJob(const Layer& layer, Engine& engine, const CallInputs& inputs,
+LayerJob::LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs,
                    std::shared_ptr<void> out)
     : layer_(layer),
       engine_(engine),
@@ -80,10 +85,23 @@ LayerJob::~LayerJob() {
   if (memory_) engine_.give_memory(std::move(memory_));  // it was never submitted
 }
 
+void LayerJob::submit(const std::shared_ptr<LayerJob>& job, bool kept) {
+  Engine& engine = job->engine_;
+  const std::lock_guard lock(engine.submission);
+  if (!kept && (!engine.pool.idle() || job->input_bytes() <= kCopiedInputs)) job->copy_inputs();
+  if (!job->fits_scratch()) {
+    if (!engine.pool.drain(job.get())) return;
+    job->grow_scratch();
+  }
+  job->submitted_ = Clock::now();
+  engine.pool.submit(job);
+}
+
 void LayerJob::finish() noexcept {
   const auto nanoseconds = [](Clock::duration d) {
     return static_cast<int64_t>(std::chrono::nanoseconds(d).count());
   };
+  layer_.count_tokens(routing_);
   engine_.add_to_totals({1, tokens_, static_cast<int64_t>(routing_.experts.size()),
                          nanoseconds(submitted_ - started_),
                          nanoseconds(Clock::now() - submitted_)});
@@ -233,7 +251,7 @@ void LayerJob::quantize_inputs(size_t slice, const Worker& worker) {
 // disturbed threads.
 void LayerJob::gate_up(size_t slice, const Worker& worker) {
   const Slice& part = layer_.slices()[slice];
-  const auto kernel = kernels_.gate_up[static_cast<size_t>(config_.method)];
+  const auto kernel = kernels_.expert[static_cast<size_t>(config_.method)].gate_up;
   const int64_t panels = part.layout(Projection::kGate).panels();
   const auto experts = static_cast<int64_t>(routing_.experts.size());
   GuidedCounter& next = memory_->progress[slice].gate_up;
@@ -279,7 +297,7 @@ void LayerJob::quantize_intermediate(size_t slice, int64_t begin, int64_t end) {
 // the last of the slices to finish a group of columns adds them up, in the order of slices.
 void LayerJob::down(size_t slice, const Worker& worker) {
   const Slice& part = layer_.slices()[slice];
-  const auto kernel = kernels_.down[static_cast<size_t>(config_.method)];
+  const auto kernel = kernels_.expert[static_cast<size_t>(config_.method)].down;
   const int64_t tasks = part.layout(Projection::kDown).panels() / kDownPanels;
   GuidedCounter& next = memory_->progress[slice].down;
   for (auto [task, end] = next.take(tasks, worker.group_size); task < end;

@@ -15,9 +15,13 @@ class LayerJob : public Job {
  public:
   // Copies the routing and, if they are few, the inputs; see Layer::submit. `x` must stay until
   // wait_for_inputs returns.
-  LayerJob(const Layer& layer, Engine& engine, const CallInputs& inputs, std::shared_ptr<void> out);
+  LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs, std::shared_ptr<void> out);
 
   ~LayerJob() override;
+
+  // Queues a call once the scratch memory suffices for it, unless it is abandoned before.
+  // `kept`: its inputs stay until it has ended, and are never copied.
+  static void submit(const std::shared_ptr<LayerJob>& job, bool kept);
 
   // The first expert id that is none; its slot is left out.
   const std::optional<BadId>& bad_id() const { return bad_; }
@@ -32,8 +36,13 @@ class LayerJob : public Job {
   // Waits until the workers have read the caller's inputs.
   void wait_for_inputs() const;
 
-  // Takes a copy of the inputs, so that nobody has to wait for the workers to read them: before the
-  // job is submitted.
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  static constexpr int64_t kFewTokens = 8;
+  bool few_tokens() const { return tokens_ <= kFewTokens; }
+
+  // Takes a copy of the inputs, so that nobody has to wait for the workers to read them.
   void copy_inputs();
   size_t input_bytes() const;
 
@@ -41,15 +50,6 @@ class LayerJob : public Job {
   // memory that a running job may be using: the pool must be idle.
   bool fits_scratch() const;
   void grow_scratch();
-
-  // The workers' time counts from here.
-  void note_submission() { submitted_ = Clock::now(); }
-
- private:
-  using Clock = std::chrono::steady_clock;
-
-  static constexpr int64_t kFewTokens = 8;
-  bool few_tokens() const { return tokens_ <= kFewTokens; }
 
   void quantize_input(int64_t token, uint8_t* rows, RowScale* scales) const;
   void quantize_inputs(size_t slice, const Worker& worker);
@@ -71,8 +71,8 @@ class LayerJob : public Job {
   void each_scratch(F f) const;
 
   const Clock::time_point started_ = Clock::now();
-  Clock::time_point submitted_ = started_;
-  const Layer& layer_;
+  Clock::time_point submitted_ = started_;  // the workers' time counts from here
+  Layer& layer_;
   Engine& engine_;
   const Kernels& kernels_;
   const LayerConfig& config_;

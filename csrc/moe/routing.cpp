@@ -14,6 +14,7 @@ void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens,
   const int64_t slots = tokens * top_k;
   std::vector<int64_t>& place = routing.place;  // count, then next position
   place.assign(static_cast<size_t>(num_experts), 0);
+  routing.routed.assign(static_cast<size_t>(num_experts), 0);
   std::vector<int32_t>& slot = routing.pairs_of_token;  // its expert at first
   slot.assign(static_cast<size_t>(slots), -1);
   routing.bad.reset();
@@ -23,6 +24,7 @@ void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens,
       if (id != -1 && !routing.bad) routing.bad = {id, i / top_k};
       continue;
     }
+    ++routing.routed[static_cast<size_t>(id)];
     if (on_gpu[id]) continue;
     ++place[static_cast<size_t>(id)];
     slot[static_cast<size_t>(i)] = static_cast<int32_t>(id);

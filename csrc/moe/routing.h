@@ -33,6 +33,7 @@ struct Routing {
   std::vector<int32_t> pairs_of_token;  // [tokens, top_k] pair of each slot, -1 for a skipped one
   std::vector<float> weights;           // [pairs] routing weight
   std::vector<int64_t> place;           // [num_experts] for group_by_expert
+  std::vector<int64_t> routed;          // [num_experts] slots of each, on the GPU or here
   std::optional<BadId> bad;             // the first id that is none; its slot is skipped
 
   int64_t pairs() const { return static_cast<int64_t>(tokens.size()); }

@@ -9,12 +9,6 @@ int64_t align(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 }  // namespace
 
-ProjectionLayout projection_layout(const LayerConfig& config, Projection projection,
-                                   int64_t width) {
-  if (projection == Projection::kDown) return {config.hidden_size, width, config.method};
-  return {width, config.hidden_size, config.method};
-}
-
 Slice::Slice(const LayerConfig& config, int64_t begin, int64_t end)
     : config_(config), begin_(begin), end_(end) {
   for (Projection projection : kProjections) {
@@ -32,10 +26,18 @@ PackedProjection Slice::packed(int64_t slot, Projection projection) const {
   return {codes, index, reinterpret_cast<uint16_t*>(index + align(p.index_bytes()))};
 }
 
+std::array<int64_t, 3> Slice::part_offsets(Projection projection) const {
+  const ProjectionLayout p = layout(projection);
+  const int64_t codes = projection_offset_[static_cast<size_t>(projection)];
+  const int64_t index = codes + align(p.codes_bytes());
+  return {codes, index, index + align(p.index_bytes())};
+}
+
 Matrix Slice::matrix(int64_t slot, Projection projection) const {
   const ProjectionLayout p = layout(projection);
-  const PackedProjection at = packed(slot, projection);
-  return {at.codes, at.table_index, at.scales, p.k, p.codes_per_panel(), p.index_per_panel()};
+  const PackedProjection memory = packed(slot, projection);
+  return {memory.codes, memory.table_index,  memory.scales,
+          p.k,          p.codes_per_panel(), p.index_per_panel()};
 }
 
 void Slice::touch(int64_t slot) const {

@@ -7,30 +7,14 @@
 #include <cstdint>
 
 #include "base/buffer.h"
+#include "moe/layer_config.h"
 #include "targets/kernels.h"
 #include "weights/quantize.h"
 
 namespace kt {
 
-constexpr int64_t kMaxExperts = 65536;
-
-struct LayerConfig {
-  int64_t num_experts = 0;
-  int64_t top_k = 0;
-  int64_t hidden_size = 0;
-  int64_t intermediate_size = 0;
-  Method method = Method::kInt4;
-};
-
-enum class Projection : uint8_t { kGate, kUp, kDown };
-constexpr std::array<Projection, 3> kProjections = {Projection::kGate, Projection::kUp,
-                                                    Projection::kDown};
-
 // What a packed projection consists of, in the order of PackedProjection.
 enum class Part : uint8_t { kCodes, kTableIndex, kScales };
-
-// Layout of a projection with the intermediate dimension cut to `width`.
-ProjectionLayout projection_layout(const LayerConfig& config, Projection projection, int64_t width);
 
 class Slice {
  public:
@@ -42,6 +26,10 @@ class Slice {
     return projection_layout(config_, projection, width());
   }
   Matrix matrix(int64_t slot, Projection projection) const;
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+  // Where the parts of a projection begin in each slot, in bytes, by Part.
+  std::array<int64_t, 3> part_offsets(Projection projection) const;
   int64_t slot_bytes() const { return slot_bytes_; }
   const Buffer& weights() const { return weights_; }
 

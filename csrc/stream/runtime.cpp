@@ -9,7 +9,18 @@
 namespace kt {
 
 void CudaRuntime::check(CudaError error, const char* what) const {
-  if (error != 0) fail_runtime(what, " failed: ", error_string(error), " (CUDA error ", error, ")");
+  if (error == 0) return;
+  last_error();
+  fail_runtime(what, " failed: ", error_string(error), " (CUDA error ", error, ")");
+}
+
+void CudaRuntime::register_memory(void* memory, size_t bytes) const {
+  const CudaError error = host_register(memory, bytes, 0);
+  if (error == kAlreadyRegistered) {
+    last_error();
+    return;
+  }
+  check(error, "cudaHostRegister");
 }
 
 CudaRuntime find_cuda_runtime(const std::string& library) {
@@ -25,9 +36,12 @@ CudaRuntime find_cuda_runtime(const std::string& library) {
   resolve(runtime.memcpy_async, "cudaMemcpyAsync");
   resolve(runtime.launch_host_func, "cudaLaunchHostFunc");
   resolve(runtime.host_alloc, "cudaHostAlloc");
+  resolve(runtime.host_register, "cudaHostRegister");
+  resolve(runtime.host_unregister, "cudaHostUnregister");
   resolve(runtime.is_capturing, "cudaStreamIsCapturing");
   resolve(runtime.exchange_capture_mode, "cudaThreadExchangeStreamCaptureMode");
   resolve(runtime.error_string, "cudaGetErrorString");
+  resolve(runtime.last_error, "cudaGetLastError");
   return runtime;  // the handle stays open: the library must not go
 }
 

@@ -13,17 +13,25 @@ using CudaError = int;  // 0 is success
 constexpr int kHostToDevice = 1, kDeviceToHost = 2;
 constexpr int kCaptureNone = 0, kCaptureActive = 1;
 constexpr int kCaptureModeRelaxed = 2;
+constexpr CudaError kAlreadyRegistered = 712;
 
 struct CudaRuntime {
   CudaError (*memcpy_async)(void* to, const void* from, size_t bytes, int kind, CudaStream stream);
   CudaError (*launch_host_func)(CudaStream stream, void (*function)(void*), void* data);
   CudaError (*host_alloc)(void** memory, size_t bytes, unsigned flags);
+  CudaError (*host_register)(void* memory, size_t bytes, unsigned flags);
+  CudaError (*host_unregister)(void* memory);
   CudaError (*is_capturing)(CudaStream stream, int* status);
   CudaError (*exchange_capture_mode)(int* mode);  // of this thread
   const char* (*error_string)(CudaError error);
+  CudaError (*last_error)();  // and forgets it
 
-  // Throws std::runtime_error that names `what` for anything but success.
+  // Throws std::runtime_error that names `what` for anything but success. The runtime forgets the
+  // error: whoever asks for the last one next would take it for theirs.
   void check(CudaError error, const char* what) const;
+
+  // Lets devices read this memory by themselves; once is enough. Throws as check does.
+  void register_memory(void* memory, size_t bytes) const;
 };
 
 // The runtime in a library that this process has loaded already; `library` is its file name or

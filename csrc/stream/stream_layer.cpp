@@ -58,14 +58,15 @@ StreamContext::Pinned StreamContext::captured(const Shape& shape, size_t set) {
 // What was too small stays: calls on the stream may be using it.
 StreamContext::Pinned StreamContext::passing(const Shape& shape, size_t set) {
   const std::lock_guard lock(mutex_);
-  Shape& has = passing_shape_[set];
-  if (has.tokens * has.row_bytes < shape.tokens * shape.row_bytes ||
-      has.tokens * has.id_bytes < shape.tokens * shape.id_bytes ||
-      has.tokens * has.top_k < shape.tokens * shape.top_k) {
+  Shape& reserved = passing_shape_[set];
+  if (reserved.tokens * reserved.row_bytes < shape.tokens * shape.row_bytes ||
+      reserved.tokens * reserved.id_bytes < shape.tokens * shape.id_bytes ||
+      reserved.tokens * reserved.top_k < shape.tokens * shape.top_k) {
     // At least twice as large: all that is left behind is no more than what is in use.
-    has = {std::max(shape.tokens, 2 * has.tokens), std::max(shape.row_bytes, has.row_bytes),
-           std::max(shape.id_bytes, has.id_bytes), std::max(shape.top_k, has.top_k)};
-    passing_[set] = carve(has);
+    reserved = {std::max(shape.tokens, 2 * reserved.tokens),
+                std::max(shape.row_bytes, reserved.row_bytes),
+                std::max(shape.id_bytes, reserved.id_bytes), std::max(shape.top_k, reserved.top_k)};
+    passing_[set] = carve(reserved);
   }
   return passing_[set];
 }
@@ -109,12 +110,12 @@ struct StreamLayer::Call {
   // Its place in the context's list between start and finish: moved there and back, so that
   // nothing is allocated.
   std::list<StreamContext::Running> place{1};
-  std::list<StreamContext::Running>::iterator at{};  // while it is there
+  std::list<StreamContext::Running>::iterator running{};  // while it is there
 
   // Out of the context's list, if it is there, and what it was.
   StreamContext::Running stop_running(StreamContext& from) {
     const std::lock_guard lock(from.mutex_);
-    if (place.empty()) place.splice(place.end(), from.running_, at);
+    if (place.empty()) place.splice(place.end(), from.running_, running);
     return std::exchange(place.front(), {});
   }
   void fail(const std::string& reason) const {
@@ -147,7 +148,7 @@ void StreamLayer::start(void* data) {
       running.layer = call.layer;
     }
     if (!running.layer) fail_runtime("called after its deletion");
-    // Pinned memory stays for ever and so has no owner.
+    // Pinned memory stays forever and so has no owner.
     running.job = running.layer->make_job(call.inputs, {std::shared_ptr<void>(), call.pinned.out});
     running.since = std::chrono::steady_clock::now();
     if (const auto& bad = running.job->bad_id())
@@ -156,10 +157,10 @@ void StreamLayer::start(void* data) {
     {
       const std::lock_guard lock(context.mutex_);
       call.place.front() = running;
-      call.at = call.place.begin();
+      call.running = call.place.begin();
       context.running_.splice(context.running_.end(), call.place);
     }
-    running.layer->submit_kept(running.job);
+    LayerJob::submit(running.job, true);
   } catch (const std::exception& error) {
     call.fail(error.what());
     call.stop_running(context);  // nobody would end it
@@ -173,7 +174,7 @@ void StreamLayer::finish(void* data) {
   StreamContext::Running running;
   {
     const std::lock_guard lock(context->mutex_);
-    if (call.place.empty()) running = *call.at;
+    if (call.place.empty()) running = *call.running;
   }
   if (running.job) {
     try {

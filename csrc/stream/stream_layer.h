@@ -46,7 +46,7 @@ class StreamContext {
 
   static constexpr size_t kSets = 4;
 
-  // Memory that is the same for every captured call of this shape and set, for ever: a graph keeps
+  // Memory that is the same for every captured call of this shape and set, forever: a graph keeps
   // its addresses. Calls that are not captured share sets that grow.
   Pinned captured(const Shape& shape, size_t set);
   Pinned passing(const Shape& shape, size_t set);
@@ -110,7 +110,7 @@ class StreamLayer {
   const int layer_idx_;
   const size_t set_;  // of pinned memory
   Call* pending_ = nullptr;
-  std::vector<Call*> captured_calls_;  // graphs refer to them, so they stay for ever
+  std::vector<Call*> captured_calls_;  // graphs refer to them, so they stay forever
 };
 
 }  // namespace kt

@@ -2,10 +2,10 @@
 // is the packed weights' exact answer, so a difference to it is the activation quantisation's.
 #define KT_TARGET_NAMESPACE reference
 #include "isa/scalar.h"
-#include "targets/kernels.h"
 
-#include "weights/quantize-inl.h"
-#include "gemm/quantize-inl.h"
+#include "gemm/quantize_activations-inl.h"
+#include "targets/kernels.h"
+#include "weights/quantize_weights-inl.h"
 
 namespace kt::reference {
 namespace {
@@ -24,16 +24,16 @@ void panel_times_row(const Matrix& m, const uint8_t* tables, int64_t panel, cons
   const uint8_t* codes = m.codes + panel * m.codes_per_panel;
   const float* x = reinterpret_cast<const float*>(row);
   double sum[16] = {};
-  constexpr bool kInt4 = BlockK > 0;
-  for (int64_t k = 0; k < m.k; k += kInt4 ? 8 : 4) {
+  constexpr bool kHasTables = BlockK > 0;
+  for (int64_t k = 0; k < m.k; k += kHasTables ? 8 : 4) {
     Weights step[2];
-    if constexpr (kInt4) {
+    if constexpr (kHasTables) {
       const uint8_t* index = m.table_index + panel * m.index_per_panel + k / BlockK * 4;
       unpack(codes + k / 8 * 64, load_tables(tables, index), step[0], step[1]);
     } else {
       step[0] = load_weights(codes + k / 4 * 64);
     }
-    for (int s = 0; s < (kInt4 ? 2 : 1); ++s)
+    for (int s = 0; s < (kHasTables ? 2 : 1); ++s)
       for (int r = 0; r < 16; ++r)
         for (int j = 0; j < 4; ++j)
           sum[r] += static_cast<double>(step[s].v[4 * r + j]) * x[k + 4 * s + j];
@@ -72,18 +72,19 @@ void down(const DownTask& s) {
 
 }  // namespace
 
+#define KT_ROW(method, name, bits, block_k) {gate_up<block_k>, down<block_k>},
 extern const Kernels kernels;
 const Kernels kernels = {
-    "reference",
-    4,
-    0,
-    prepare_tables,
-    keep_float<float>,
-    keep_float<uint16_t>,
-    {gate_up<16>, gate_up<8>, gate_up<0>},
-    {down<16>, down<8>, down<0>},
-    store_bf16,
-    kQuantizeKernels,
+    .name = "reference",
+    .activation_bytes = 4,
+    .workspace_bytes = 0,
+    .prepare_tables = prepare_tables,
+    .quantize_f32 = keep_float<float>,
+    .quantize_bf16 = keep_float<uint16_t>,
+    .expert = {KT_METHODS(KT_ROW)},
+    .store_bf16 = store_bf16,
+    .quantize = kQuantizeKernels,
 };
+#undef KT_ROW
 
 }  // namespace kt::reference

@@ -9,10 +9,11 @@ To run again whenever learn_tables.py has made other tables. Seeded like it.
 """
 
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
-from learn_tables import BLOCK_K, BLOCK_ROWS, normalised_blocks, round_fp8, sample_rows
+from learn_tables import BLOCK_ROWS, normalised_blocks, round_fp8, sample_rows
 
 SPREADS, CRESTS, CANDIDATES = 9, 4, 64
 BLOCKS_PER_KIND = 60_000
@@ -22,13 +23,13 @@ STEP = 1 / 16  # of the table of errors
 CENTRES = np.arange(-127, 127 + STEP / 2, STEP)
 
 
-def read_tables() -> np.ndarray:
-    text = Path(__file__).with_name(f"int4_tables_4x{BLOCK_K}.inc").read_text()
+def read_tables(block_k: int) -> np.ndarray:
+    text = Path(__file__).with_name(f"int4_tables_4x{block_k}.inc").read_text()
     rows = re.findall(r"^\{(.*)\},$", text, re.MULTILINE)
     return np.array([[int(level) for level in row.split(",")] for row in rows])
 
 
-def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample_blocks(rng: np.random.Generator, block_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks [count, weights] normalised to +-127 and the weight of each one's error.
 
     The last quarter are of rows that one large weight squeezes together.
@@ -37,7 +38,7 @@ def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for kind in ("gaussian", "student-t5", "laplace", "outlier"):
         for k in (7168, 2048):
             for fp8 in (False, True):
-                rows = BLOCKS_PER_KIND // 4 // (k // BLOCK_K) * BLOCK_ROWS + BLOCK_ROWS
+                rows = BLOCKS_PER_KIND // 4 // (k // block_k) * BLOCK_ROWS + BLOCK_ROWS
                 if kind == "outlier":
                     w = sample_rows(rng, "gaussian", k, rows)
                     w[:, 0] = 2 ** rng.uniform(2, 8, rows)
@@ -45,14 +46,14 @@ def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
                     w = sample_rows(rng, kind, k, rows)
                 if fp8:
                     w = round_fp8(w)
-                block, weight = normalised_blocks(w)
+                block, weight = normalised_blocks(w, block_k)
                 blocks.append(block)
                 weights.append(weight)
     return np.concatenate(blocks), np.concatenate(weights).astype(np.float32)
 
 
 def features(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of squares and squared largest magnitude over it, in quantize-inl.h's integers."""
+    """Sum of squares and squared largest magnitude over it, as block_class has them."""
     x = np.rint(blocks * 256).astype(np.int64)
     squares = (x * x >> 16).sum(axis=1)
     top = np.abs(x).max(axis=1) >> 4
@@ -84,8 +85,9 @@ def quantile_edges(values: np.ndarray, parts: int) -> np.ndarray:
 
 def main() -> None:
     rng = np.random.default_rng(2027)
-    tables = read_tables()
-    blocks, weights = sample_blocks(rng)
+    block_k = int(sys.argv[1])
+    tables = read_tables(block_k)
+    blocks, weights = sample_blocks(rng, block_k)
     squares, crest = features(blocks)
     # The first spread is for blocks that only a large weight elsewhere in their rows makes small.
     usual = squares[: len(squares) * 3 // 4]

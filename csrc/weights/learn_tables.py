@@ -17,7 +17,7 @@ import sys
 import numpy as np
 
 TABLES, LEVELS = 256, 16
-BLOCK_ROWS, BLOCK_K = 4, int(sys.argv[1])
+BLOCK_ROWS = 4
 BINS = np.arange(-127, 127.25, 0.25)  # histogram bin centres of a normalised weight
 ITERATIONS = 40
 BLOCKS_PER_KIND = 24_000
@@ -41,27 +41,27 @@ def round_fp8(weights: np.ndarray) -> np.ndarray:
     return (np.round(x / step) * step * scale).reshape(rows, k)
 
 
-def normalised_blocks(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def normalised_blocks(rows: np.ndarray, block_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Blocks [count, weights] of rows scaled to +-127, and the weight of each one's error."""
     x = rows * (127 / np.abs(rows).max(axis=1, keepdims=True))
     variance = (x**2).mean(axis=1).reshape(-1, BLOCK_ROWS).mean(axis=1)
     n, k = x.shape
-    blocks = x.reshape(n // BLOCK_ROWS, BLOCK_ROWS, k // BLOCK_K, BLOCK_K)
-    weights = np.repeat(1 / variance, k // BLOCK_K)
-    return blocks.swapaxes(1, 2).reshape(-1, BLOCK_ROWS * BLOCK_K), weights
+    blocks = x.reshape(n // BLOCK_ROWS, BLOCK_ROWS, k // block_k, block_k)
+    weights = np.repeat(1 / variance, k // block_k)
+    return blocks.swapaxes(1, 2).reshape(-1, BLOCK_ROWS * block_k), weights
 
 
-def sample_blocks(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def sample_blocks(rng: np.random.Generator, block_k: int) -> tuple[np.ndarray, np.ndarray]:
     """Histograms [blocks, bins] of normalised blocks and each block's weight."""
     histograms, weights = [], []
     for kind in ("gaussian", "student-t5", "laplace"):
         for k in (7168, 2048):
             for fp8 in (False, True):
-                rows = BLOCKS_PER_KIND // 4 // (k // BLOCK_K) * BLOCK_ROWS + BLOCK_ROWS
+                rows = BLOCKS_PER_KIND // 4 // (k // block_k) * BLOCK_ROWS + BLOCK_ROWS
                 w = sample_rows(rng, kind, k, rows)
                 if fp8:
                     w = round_fp8(w)
-                blocks, weight = normalised_blocks(w)
+                blocks, weight = normalised_blocks(w, block_k)
                 bins = np.rint((blocks + 127) * 4).astype(np.int64)
                 flat = (bins + np.arange(len(blocks))[:, None] * len(BINS)).ravel()
                 counts = np.bincount(flat, minlength=len(blocks) * len(BINS))
@@ -105,9 +105,9 @@ def move_levels(tables: np.ndarray, sums: np.ndarray, nearest: np.ndarray) -> np
     return np.sort(moved, axis=1)
 
 
-def learn() -> np.ndarray:
+def learn(block_k: int) -> np.ndarray:
     rng = np.random.default_rng(2026)
-    histograms, weights = sample_blocks(rng)
+    histograms, weights = sample_blocks(rng, block_k)
     tables = initial_tables(histograms, rng)
     for iteration in range(ITERATIONS):
         rounded = np.clip(np.rint(tables), -127, 127) if iteration >= ITERATIONS // 2 else tables
@@ -129,7 +129,7 @@ def learn() -> np.ndarray:
 
 def main() -> None:
     print("// Made by learn_tables.py; 256 tables of 16 ascending levels.")
-    for table in learn():
+    for table in learn(int(sys.argv[1])):
         print("{" + ", ".join(f"{level}" for level in table) + "},")
 
 

@@ -1,6 +1,7 @@
 #include "weights/quantize.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -37,6 +38,33 @@ constexpr Candidates kCandidates4x8 = {
 #include "weights/int4_candidates_4x8.inc"
 };
 
+struct Learned {
+  const Int4Tables& tables;
+  const Candidates& candidates;
+};
+constexpr Learned kLearned4x16 = {kTables4x16, kCandidates4x16};
+constexpr Learned kLearned4x8 = {kTables4x8, kCandidates4x8};
+
+// By the k of a method's table blocks; a row of KT_METHODS with another does not compile.
+template <int64_t BlockK>
+constexpr const Learned* learned();
+template <>
+constexpr const Learned* learned<0>() {
+  return nullptr;  // no tables
+}
+template <>
+constexpr const Learned* learned<8>() {
+  return &kLearned4x8;
+}
+template <>
+constexpr const Learned* learned<16>() {
+  return &kLearned4x16;
+}
+
+#define KT_ROW(method, name, bits, block_k) learned<block_k>(),
+constexpr const Learned* kLearned[] = {KT_METHODS(KT_ROW)};  // by Method
+#undef KT_ROW
+
 constexpr int kUnit = 256;  // of a normalised weight
 constexpr int kTop = 127 * kUnit;
 
@@ -58,24 +86,25 @@ double bin_error(const int8_t (&levels)[kTableLevels], double low, double width)
   return sum / kPoints;
 }
 
-void fill_class_errors(const Int4Tables& tables, const Candidates& candidates, int of,
+void fill_class_errors(const Int4Tables& tables, const Candidates& candidates, int block_class,
                        TableSearch& search) {
   constexpr int kBins = TableSearch::kBins;
   constexpr int kHalf = kBins / 2;
-  const double factor = kHalf * 65536.0 / (candidates.reaches[of] * kUnit);
-  search.bin_factor[of] = static_cast<int16_t>(std::min<double>(factor, INT16_MAX));
-  const double width = 65536.0 / search.bin_factor[of] / kUnit;
+  const double factor = kHalf * 65536.0 / (candidates.reaches[block_class] * kUnit);
+  search.bin_factor[block_class] = static_cast<int16_t>(std::min<double>(factor, INT16_MAX));
+  const double width = 65536.0 / search.bin_factor[block_class] / kUnit;
   for (int bin = 0; bin < kBins; ++bin) {
     for (int c = 0; c < TableSearch::kCandidates; ++c) {
       const double error =
-          bin_error(tables[search.candidates[of][c]], (bin - kHalf) * width, width);
-      search.errors[of][bin][c] = static_cast<uint8_t>(
-          std::min<double>(UINT8_MAX, std::nearbyint(error / candidates.units[of])));
+          bin_error(tables[search.candidates[block_class][c]], (bin - kHalf) * width, width);
+      search.errors[block_class][bin][c] = static_cast<uint8_t>(
+          std::min<double>(UINT8_MAX, std::nearbyint(error / candidates.units[block_class])));
     }
   }
 }
 
-std::unique_ptr<TableSearch> make_search(const Int4Tables& tables, const Candidates& candidates) {
+std::unique_ptr<TableSearch> make_search(const Learned& blocks) {
+  const auto& [tables, candidates] = blocks;
   auto search = std::make_unique<TableSearch>();
   std::memcpy(search->spread_edges, candidates.spread_edges, sizeof search->spread_edges);
   std::memcpy(search->crest_edges, candidates.crest_edges, sizeof search->crest_edges);
@@ -85,15 +114,19 @@ std::unique_ptr<TableSearch> make_search(const Int4Tables& tables, const Candida
     for (int l = 0; l + 1 < kTableLevels; ++l)
       search->thresholds[t][l] =
           static_cast<int16_t>((tables[t][l] + tables[t][l + 1]) * (kUnit / 2));
-  for (int of = 0; of < TableSearch::kClasses; ++of)
-    fill_class_errors(tables, candidates, of, *search);
+  for (int block_class = 0; block_class < TableSearch::kClasses; ++block_class)
+    fill_class_errors(tables, candidates, block_class, *search);
   return search;
 }
 
 const TableSearch& table_search(Method method) {
-  static const auto of_4x16 = make_search(kTables4x16, kCandidates4x16);
-  static const auto of_4x8 = make_search(kTables4x8, kCandidates4x8);
-  return method == Method::kInt4 ? *of_4x16 : *of_4x8;
+  static const auto searches = [] {
+    std::array<std::unique_ptr<TableSearch>, kNumMethods> made;
+    for (size_t m = 0; m < made.size(); ++m)
+      if (kLearned[m]) made[m] = make_search(*kLearned[m]);
+    return made;
+  }();
+  return *searches[static_cast<size_t>(method)];
 }
 
 // The factor that takes a row to +-kTop or to its int8 levels. Near the subnormals it would
@@ -107,7 +140,7 @@ float row_factor(double factor, float* row, int64_t k) {
 void quantize_int4(const SourceMatrix& source, const ProjectionLayout& layout,
                    const QuantizeKernels& kernels, const PackedProjection& out) {
   const TableSearch& search = table_search(layout.method);
-  const auto encode = kernels.encode[layout.method == Method::kInt4 ? 0 : 1];
+  const auto encode = kernels.encode[static_cast<size_t>(layout.method)];
   const int64_t k = layout.k;
   std::vector<float> row(k);
   std::vector<int16_t> rows(kBlockRows * k);
@@ -159,12 +192,12 @@ void quantize_int8(const SourceMatrix& source, const ProjectionLayout& layout,
 }  // namespace
 
 const int8_t (&int4_tables(Method method))
-    [kNumTables][kTableLevels] { return method == Method::kInt4 ? kTables4x16 : kTables4x8; }
+    [kNumTables][kTableLevels] { return kLearned[static_cast<size_t>(method)]->tables; }
 
 void quantize_projection(const SourceMatrix& source, Method method, const QuantizeKernels& kernels,
                          const PackedProjection& out) {
   const ProjectionLayout layout{source.n, source.k, method};
-  if (is_int4(method)) {
+  if (has_tables(method)) {
     quantize_int4(source, layout, kernels, out);
   } else {
     quantize_int8(source, layout, kernels, out);
@@ -182,7 +215,7 @@ void dequantize_projection(const ProjectionLayout& layout, const uint8_t* codes,
     const uint8_t* panel_index = table_index + panel * layout.index_per_panel();
     for (int64_t i = 0; i < layout.k; ++i) {
       int level;
-      if (is_int4(layout.method)) {
+      if (has_tables(layout.method)) {
         const uint8_t byte = panel_codes[i / 8 * 64 + row * 4 + i % 4];
         const int code = i % 8 < 4 ? byte & 15 : byte >> 4;
         level =

@@ -28,7 +28,7 @@ struct PackedProjection {
   uint16_t* scales = nullptr;  // bf16
 };
 
-// The 256 tables of 16 levels that new weights of an int4 method are encoded with.
+// The 256 tables of 16 levels that new weights of a method with tables are encoded with.
 const int8_t (&int4_tables(Method method))[kNumTables][kTableLevels];
 
 // The same bytes whatever target the kernels are of. Throws std::invalid_argument for an infinity

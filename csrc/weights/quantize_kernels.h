@@ -49,7 +49,8 @@ struct QuantizeKernels {
   void (*round_row)(const float* row, int64_t k, float factor, int16_t* out);
   // 16 rows of int8 levels, `k` apart, to a panel's k-steps.
   void (*interleave)(const int16_t* rows, int64_t k, uint8_t* codes);
-  void (*encode[2])(const TableSearch& search, EncodeTask& task);  // blocks of 16 and of 8 k
+  void (*encode[kNumMethods])(const TableSearch& search,
+                              EncodeTask& task);  // null without tables
 };
 
 }  // namespace kt

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,11 +25,12 @@ import httpx
 from openai import OpenAI
 
 from convert.quantize import quantizer_settings
-from deploy.settings import BY_NAME
+from deploy.settings.variables import BY_NAME
 from examples.tiny.hub import Hub
 from examples.tiny.trained import copy_checkpoint
 from kt_kernel.errors import UserError
-from kt_kernel.files import read_fields
+from kt_kernel.files.foreign import read_fields
+from kt_kernel.host.addresses import free_port
 from kt_kernel.packed import MANIFEST_NAME
 from kt_kernel.program import run_program
 
@@ -53,12 +53,6 @@ class DemoError(Exception):
 
 def say(text: str) -> None:
     print(f"\n\033[1m== {text}\033[0m" if sys.stdout.isatty() else f"\n== {text}", flush=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def stage_environment(settings: dict[str, str]) -> dict[str, str]:

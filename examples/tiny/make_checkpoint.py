@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from convert.source.checkpoint import INDEX_NAME
+from convert.source.config import CONFIG_NAME
 from examples.tiny.config import TinySizes, generation_config, model_config
 from examples.tiny.fp8 import dequantize_blocks, quantize_blocks
 from examples.tiny.tensors import SCALE_SUFFIX, TensorSpec, tensor_specs, tensor_value
@@ -66,7 +68,7 @@ def write_checkpoint(
         output.mkdir(parents=True, exist_ok=True)
         _remove_earlier(output)
         total_bytes = _write_shards(output, sizes, value, dtype)
-        _write_json(output / "config.json", model_config(sizes, dtype))
+        _write_json(output / CONFIG_NAME, model_config(sizes, dtype))
         _write_json(output / "generation_config.json", generation_config())
         write_tokenizer(output, tokenizer)
     except OSError as error:
@@ -75,9 +77,9 @@ def write_checkpoint(
 
 
 _OTHER_FILES = {
-    "config.json",
+    CONFIG_NAME,
     "generation_config.json",
-    "model.safetensors.index.json",
+    INDEX_NAME,
     "tokenizer.json",
     "tokenizer_config.json",
 }
@@ -119,7 +121,7 @@ def _write_shards(
         (output / name).chmod(0o644)  # safetensors makes it readable by the owner alone
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(output / "model.safetensors.index.json", index)
+    _write_json(output / INDEX_NAME, index)
     return total_bytes
 
 

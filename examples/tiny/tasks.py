@@ -13,7 +13,7 @@ from functools import cache, partial
 from typing import TypeVar
 from zlib import crc32
 
-from deploy.settings import TABLE
+from deploy.settings.table import TABLE
 from examples.tiny.tokenizer import BOS, EOS
 
 USER, ASSISTANT, ANSWER_START = "<｜User｜>", "<｜Assistant｜>", "</think>"

@@ -22,7 +22,7 @@ def register() -> None:
 
     with refusing_to_serve("could not register the kt_kernel plugin"):
         from kt_kernel.errors import UserError
-        from kt_kernel.host import home_problem
+        from kt_kernel.host.limits import home_problem
 
         # Before SGLang imports libraries that end without one, after a screen of tracebacks.
         if problem := home_problem():

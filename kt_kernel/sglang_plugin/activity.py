@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from kt_kernel.errors import UserError
+from kt_kernel.sglang_plugin import counting
+from kt_kernel.sglang_plugin.device import runs_on_cpu
 from kt_kernel.sglang_plugin.refusal import (
     refuse_to_serve,
     refusing_to_serve,
@@ -41,6 +43,7 @@ def check_kt_flags(result: None, server_args: Any) -> None:
                 f"add {' and '.join(missing)}"
             )
         _check_no_mtp(server_args)
+        _check_placement(server_args)
         _check_available()
 
 
@@ -57,6 +60,16 @@ def _check_no_mtp(server_args: Any) -> None:
         )
 
 
+def _check_placement(server_args: Any) -> None:
+    """On the CPU, SGLang 0.5.16 moves the experts' weights and not the router's ids."""
+    moved = getattr(server_args, "init_expert_location", "trivial") != "trivial"
+    if moved and runs_on_cpu() and sglang_version() == "0.5.16":
+        raise UserError(
+            "--init-expert-location is given, which SGLang 0.5.16 only follows on a GPU: set "
+            "KT_EXPERT_PLACEMENT=first"
+        )
+
+
 def load_model_through_kt(
     load_model: Callable[..., None], runner: Any, *args: Any, **kwargs: Any
 ) -> None:
@@ -68,6 +81,7 @@ def load_model_through_kt(
         load_model(runner, *args, **kwargs)
         check_kt_is_in_use(runner)
         check_first_and_last_layer(runner)
+        counting.remember(cpu_layers(runner))
     except UserError as error:
         refuse_to_serve(str(error))
 
@@ -89,16 +103,15 @@ def check_kt_is_in_use(runner: Any) -> None:
         )
 
 
-def check_first_and_last_layer(runner: Any) -> None:
-    """Raise :class:`UserError` unless the CPU experts of the two give what their files say.
+def cpu_layers(runner: Any) -> list[Any]:
+    """The model's ``KTMoEWrapper`` of each layer, in order; none where none are asked for.
 
-    In a tensor-parallel group only the first process has CPU experts.
+    In a tensor-parallel group only the first process has CPU experts. Raises :class:`UserError`
+    where one is missing.
     """
     if runner.server_args.kt_weight_path is None or runner.is_draft_worker:
-        return
+        return []
     from sglang.srt.layers.moe.kt_ep_wrapper import KTEPWrapperMethod
-
-    from kt_kernel.self_test import check_layer
 
     methods = (getattr(module, "quant_method", None) for module in runner.model.modules())
     wrappers = [
@@ -111,9 +124,17 @@ def check_first_and_last_layer(runner: Any) -> None:
             f"--kt-weight-path is given, but {wrappers.count(None)} of {len(wrappers)} MoE layers "
             f"have no CPU experts in SGLang {sglang_version()}: start again"
         )
-    wrappers.sort(key=lambda wrapper: wrapper.layer_idx)
-    for wrapper in wrappers[:1] + wrappers[1:][-1:]:
+    return sorted(wrappers, key=lambda wrapper: wrapper.layer_idx)
+
+
+def check_first_and_last_layer(runner: Any) -> None:
+    """Raise :class:`UserError` unless the CPU experts of the two give what their files say."""
+    from kt_kernel.self_test import check_card, check_layer
+
+    layers = cpu_layers(runner)
+    for wrapper in layers[:1] + layers[1:][-1:]:
         check_layer(wrapper, runner.device, captures_graphs(runner.server_args))
+        check_card(wrapper)
 
 
 def captures_graphs(server_args: Any) -> bool:

@@ -1,11 +1,11 @@
 """Where a server computes: on a GPU, or on the CPU alone. Decided here, nowhere else."""
 
-import ctypes
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from kt_kernel.errors import UserError
+from kt_kernel.host.gpus import count_gpus
 from kt_kernel.sglang_plugin.registration import with_our_plugin
 
 DEVICES = ("auto", "cuda", "cpu")
@@ -19,15 +19,7 @@ def detect_device() -> str:
     Asks the driver itself, so that a launcher need not import torch.
     CUDA_VISIBLE_DEVICES is respected.
     """
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return "cpu"
-    count = ctypes.c_int(0)
-    success = 0
-    if driver.cuInit(0) != success or driver.cuDeviceGetCount(ctypes.byref(count)) != success:
-        return "cpu"
-    return "cuda" if count.value > 0 else "cpu"
+    return "cuda" if count_gpus() > 0 else "cpu"
 
 
 def launch_environment(device: str, environ: Mapping[str, str] | None = None) -> dict[str, str]:

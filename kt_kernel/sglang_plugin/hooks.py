@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kt_kernel.errors import UserError
-from kt_kernel.sglang_plugin import activity, scaling
+from kt_kernel.sglang_plugin import activity, counting, listening, rendezvous, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
-from kt_kernel.sglang_plugin.edge import answers, scheduler, tokenizer
+from kt_kernel.sglang_plugin.edge import (
+    answers,
+    health,
+    mistakes,
+    own_requests,
+    scheduler,
+    tokenizer,
+)
 from kt_kernel.sglang_plugin.refusal import TESTED_SGLANG, refusing_to_serve, sglang_version
 from kt_kernel.sglang_plugin.tool_calls import detector
 
@@ -60,11 +67,53 @@ HOOKS: list[Hook] = [
         "always",
     ),
     Hook(
+        "sglang.srt.managers.scheduler.Scheduler.run_event_loop",
+        "before",
+        counting.count_from_now,
+        "keeps no count of how often experts are used; before this, the tokens are nobody's",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.distributed.parallel_state.init_distributed_environment",
+        "before",
+        rendezvous.listen_on_one_address,
+        "PyTorch's store of keys and values listens on all addresses, without authentication",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        "before",
+        listening.refuse_taken_address,
+        "waits for ten minutes when another program took the port while the model loaded",
+        "always",
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server.set_global_state",
         "before",
         tokenizer.serve_within_limits,
-        "a number in a body that a kernel cannot take ends the server; the context length that is "
-        "told is the checkpoint's, not what the KV cache holds",
+        "one key opens all routes, and GET changes the server; a number in a body that a kernel "
+        "cannot take ends it; the context length that is told is not what the KV cache holds",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server.__dict__[requests]",
+        "entry",
+        own_requests.OwnRequests,
+        "asks itself for its first token, with a key that it should not know",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.create_error_response",
+        "around",
+        mistakes.tell_mistake,
+        "500 for messages that the chat template or its encoder refuses",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.anthropic.serving.AnthropicServing._error_response",
+        "around",
+        mistakes.tell_mistake,
+        "the same for /v1/messages",
         "always",
     ),
     Hook(
@@ -93,6 +142,13 @@ HOOKS: list[Hook] = [
         "around",
         scheduler.process_each_request,
         "the scheduler ends, and the server with it, when a request raises",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.run_batch",
+        "after",
+        health.tell_batch,
+        "tells nobody outside of the scheduler that a long prompt makes progress",
         "always",
     ),
     Hook(

@@ -8,7 +8,9 @@ from typing import NoReturn
 
 from kt_kernel.errors import UserError
 
-TESTED_SGLANG = "this package is tested with SGLang 0.5.16 and 0.5.23"
+#: Versions of SGLang that this package is tested with, the last is the one that is installed.
+TESTED_VERSIONS = ("0.5.16", "0.5.23")
+TESTED_SGLANG = f"this package is tested with SGLang {' and '.join(TESTED_VERSIONS)}"
 
 
 def sglang_version() -> str:

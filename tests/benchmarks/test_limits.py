@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import limits, machine
+from benchmarks import host_description, limits
 from benchmarks.errors import BenchmarkError
 from benchmarks.limits import Limits, Measured
+from kt_kernel.host.limits import text_of
 from tests import compiler
 
 
@@ -22,7 +23,7 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 
 def one_cpu() -> ctypes.Array[ctypes.c_int]:
-    return (ctypes.c_int * 1)(machine.allowed_cpus()[0])
+    return (ctypes.c_int * 1)(host_description.allowed_cpus()[0])
 
 
 def names(probe: ctypes.CDLL) -> list[str]:
@@ -34,7 +35,7 @@ def names(probe: ctypes.CDLL) -> list[str]:
 
 def test_every_instruction_set_runs_or_says_that_it_cannot(probe: ctypes.CDLL) -> None:
     """The loops are assembly: a wrong one would kill the process or count too little."""
-    flags = machine._read(Path("/proc/cpuinfo"))
+    flags = text_of(Path("/proc/cpuinfo"))
     flag = {"avx2": "avx2", "avx512_vnni": "avx512_vnni"}
     flag |= dict.fromkeys(("amx", "amx_loaded"), "amx_int8")
     assert names(probe) == list(flag)
@@ -58,7 +59,7 @@ def test_every_pass_of_a_read_is_timed_and_counts_what_it_reads(probe: ctypes.CD
 
 
 def test_more_threads_than_cpus_are_refused() -> None:
-    count = len(machine.allowed_cpus())
+    count = len(host_description.allowed_cpus())
     with pytest.raises(
         BenchmarkError, match=f"{count + 1} threads asked for: expected 1 to {count}"
     ):
@@ -103,8 +104,8 @@ def test_samples_go_by_the_state_of_their_core_before_and_after() -> None:
 
 def test_each_core_is_watched_while_all_work(probe: ctypes.CDLL) -> None:
     """With AMX every time is written; without it the call says so and kills nothing."""
-    count = len(machine.allowed_cpus())
-    cpus = (ctypes.c_int * count)(*machine.allowed_cpus())
+    count = len(host_description.allowed_cpus())
+    cpus = (ctypes.c_int * count)(*host_description.allowed_cpus())
     during, before, after = ((ctypes.c_double * (3 * count))() for _ in range(3))
     found = probe.probe_products_watched(3, cpus, count, 1000, 3, 500, during, before, after)
     if probe.probe_isa_supported(3):

@@ -1,29 +1,105 @@
-"""In which order the stages run."""
+"""In which order the stages run, and what each is given."""
 
 from __future__ import annotations
 
-import itertools
-
-from tests.compose.files import services
+from tests.compose.files import REPOSITORY, services
 
 
-def test_each_stage_waits_for_the_success_of_the_one_before() -> None:
+def test_after_the_check_all_stages_start_and_take_turns() -> None:
+    """Nobody has to stay to start the next one; each waits for the one before by itself."""
     stages = services()
-    for earlier, later in itertools.pairwise(("gpu", "download", "convert", "serve")):
-        assert stages[later]["depends_on"][earlier] == {
-            "condition": "service_completed_successfully"
-        }
+    checked = {"condition": "service_completed_successfully"}
+    assert stages["preflight"]["command"] == ["check", "--first", "--tell"]
+    for name in ("download", "convert", "serve"):
+        assert stages[name]["depends_on"]["preflight"] == checked
+        assert stages[name]["command"] == [name, "--in-turn"]
 
 
 def test_proxies_and_keys_are_for_the_stages_that_read_them() -> None:
     names = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
     found = services()
-    for name in ("gpu", "convert", "serve", "status", "client"):
+    for name in ("preflight", "convert", "serve", "status", "client"):
         assert not {key for key in found[name]["environment"] if key.upper() in names}
         assert found[name]["environment"]["HF_TOKEN"] == ""
     assert {key for key in found["download"]["environment"] if key.upper() in names} == {
         *names,
         *map(str.lower, names),
     }
-    for name in ("gpu", "download", "convert", "status"):
+    # The check before all looks at the server's keys.
+    for name in ("download", "convert", "status"):
         assert found[name]["environment"]["KT_API_KEY"] == ""
+    for name in ("download", "convert", "status", "client"):
+        assert found[name]["environment"]["KT_ADMIN_KEY"] == ""
+
+
+def test_ports_are_published_on_this_host_unless_an_address_is_set() -> None:
+    """The check of keys looks at the same address."""
+    found = services()
+    for name in ("serve", "status"):
+        (port,) = found[name]["ports"]
+        assert port.startswith("${KT_HOST:-127.0.0.1}:")
+        assert found[name]["environment"]["KT_PUBLISHED_HOST"] == "${KT_HOST:-127.0.0.1}"
+    (port,) = services("compose/replicas.yml")["router"]["ports"]
+    assert port.startswith("${KT_HOST:-127.0.0.1}:")
+
+
+def test_podman_compose_takes_no_container_s_address_for_the_host_s() -> None:
+    """It fills ``${KT_HOST}`` of the ports from the service's own ``environment``, too: with
+    0.0.0.0 there the port was published on all addresses."""
+    for service in [*services().values(), services("compose/replicas.yml")["router"]]:
+        assert "KT_HOST" not in service["environment"]
+        assert service["env_file"][-1] == {"path": "compose/container.env"}
+    assert "KT_HOST=0.0.0.0" in (REPOSITORY / "compose/container.env").read_text().splitlines()
+
+
+def test_podman_compose_can_merge_the_overrides() -> None:
+    """It cannot merge a value into an empty one: what overrides fill is taken out before them."""
+    plain, taken_out = services(), services("cluster/podman/compose.yml")
+    for override in ("compose/cpu.yml", "compose/speciale.yml"):
+        for name, service in services(override).items():
+            values = service.get("environment", {})
+            empty = plain.get(name, {}).get("environment", {})
+            filled = {key for key in values if key in empty and empty[key] is None}
+            assert filled <= taken_out.get(name, {}).get("environment", {}).keys(), (override, name)
+
+
+def test_every_container_has_a_read_only_root_and_no_rights() -> None:
+    found = dict(services())
+    for file in sorted((REPOSITORY / "compose").glob("*.yml")):
+        found = {**services(f"compose/{file.name}"), **found}
+    assert len(found) >= 10
+    for name, service in found.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_each_image_is_built_for_one_service() -> None:
+    """Services that built the same image left it to the last, and the others' without a name."""
+    stages = services()
+    builders = {name for name, service in stages.items() if "build" in service}
+    assert builders == {"preflight"}
+    assert len({service["image"] for service in stages.values()}) == 1
+    # Nobody else's image of that name is taken.
+    assert {service["pull_policy"] for service in stages.values()} == {"${PULL_POLICY:-never}"}
+    for name, own in (("cpu", "hub"), ("replicas", "router"), ("monitoring", ""), ("speciale", "")):
+        overridden = services(f"compose/{name}.yml")
+        built = {key for key, service in overridden.items() if "build" in service}
+        assert built <= {"preflight", own}
+        # An override of the image is one for all: the status service had the other one.
+        images = {overridden.get(stage, {}).get("image") for stage in stages}
+        assert len(images) == 1
+
+
+def test_a_card_is_named_and_no_more_is_asked_of_it_than_computing() -> None:
+    for name in ("preflight", "serve"):
+        (device,) = services()[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device["device_ids"] == ["${GPU_IDS:-0}"]
+        # Without them the toolkit's default holds, which differs between its versions.
+        assert device["capabilities"] == ["gpu", "compute", "utility"]
+
+
+def test_what_shall_outlive_a_reboot_is_started_again() -> None:
+    stages = services() | {"hub": services("compose/cpu.yml")["hub"]}
+    for name in ("download", "convert", "serve", "status", "hub"):
+        assert stages[name]["restart"] != "no", name

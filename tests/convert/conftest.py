@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import main
+from convert.command import main
 from tests.convert.fake_checkpoint import fake_checkpoint
 from tests.convert.helpers import REPOSITORY, convert_argv
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from convert.cli import main
+from convert.command import main
 
 OPERATIONS = ["open", "posix_fallocate", "pwrite", "fsync", "replace", "unlink", "ftruncate"]
 

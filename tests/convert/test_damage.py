@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.cli import main
-from kt_kernel.packed import read_header
+from convert.command import main
+from kt_kernel.files.safetensors_header import read_header
 from tests.convert.helpers import directory_content
 
 Convert = Callable[..., list[str]]

@@ -12,16 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.checkpoint import Checkpoint
-from convert.cli import main
+from convert.command import main
+from convert.loss_report import Cost, make_report, summary
 from convert.manifest import Manifest, changed_files
 from convert.manifest_file import read_description, read_layers, read_manifest
 from convert.pipeline import identify
-from convert.report import Cost, make_report, summary
+from convert.source.checkpoint import Checkpoint
+from convert.source.experts import ExpertSource
 from kt_kernel.errors import UserError
 from tests.convert.fake_checkpoint import INDEX, fake_checkpoint
 from tests.convert.helpers import convert_argv, directory_content
-from tests.convert.test_imports import to_int4
+from tests.convert.source.test_formats import to_int4
 from tests.mutations import (
     EXAMPLES,
     damaged_bytes,
@@ -147,7 +148,7 @@ def test_damaged_manifest(
         found = read_manifest(path)
         description, layers = read_description(found), read_layers(found)
         with Checkpoint(source) as checkpoint:
-            identity = identify(checkpoint, "fp8", "int4", tmp_path)
+            identity = identify(ExpertSource(checkpoint, "fp8"), "int4", tmp_path)
             changed_files(description, checkpoint.file_digests())
         manifest = Manifest(tmp_path, identity)
         manifest.layers = layers

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from convert import quantize
-from convert.cli import main
+from convert.command import main
 from tests.convert.fake_checkpoint import fake_checkpoint
 from tests.convert.forked_conversion import convert_in_fork
 from tests.convert.helpers import convert_argv, directory_content

@@ -12,7 +12,7 @@ from tests.convert.helpers import REPOSITORY, convert_argv
 
 PROGRAM = """
 import json, re, sys
-from convert.cli import main
+from convert.command import main
 sizes = []
 def on_layers(finished, total):
     sizes.append(int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024)

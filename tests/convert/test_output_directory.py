@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from convert import verify
+from convert import read_back
 from convert.output import OutputDirectory
 from kt_kernel.errors import UserError
 from tests.convert.fake_checkpoint import fake_checkpoint
@@ -81,13 +81,13 @@ def test_without_manifest_a_flipped_bit_is_found_and_the_layer_redone(
     assert directory_content(output) == directory_content(converted)
 
 
-def test_a_layer_that_fails_its_proof_has_no_final_name(
+def test_a_layer_that_is_read_back_wrong_has_no_final_name(
     source: Path, tmp_path: Path, convert_fails: ConvertFails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path, *_: object) -> None:
         raise UserError(f"{path} is wrong")
 
-    monkeypatch.setattr(verify, "verify_layer_file", fail)
+    monkeypatch.setattr(read_back, "verify_layer_file", fail)
     assert "layer-001.safetensors" in convert_fails(source, tmp_path / "out")
     assert not list(tmp_path.glob("out/layer-*"))
 

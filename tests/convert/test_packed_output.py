@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from convert.checkpoint import ExpertProjection
-from convert.verify import read_packed, relative_error
+from convert.read_back import read_packed, relative_error
+from convert.source.experts import ExpertProjection
 from kt_kernel import _ext
-from kt_kernel.packed import (
-    BLOCK_K,
-    DATA_ALIGNMENT,
-    METHODS,
-    PROJECTIONS,
-    PackedLayout,
-    check_layer_header,
-    read_header,
-)
+from kt_kernel.files.safetensors_header import DATA_ALIGNMENT, read_header
+from kt_kernel.packed import METHODS, PROJECTIONS, PackedLayout, check_layer_header
 from tests.convert.fake_checkpoint import fake_checkpoint
 from tests.convert.helpers import directory_content, raw_bits
 
@@ -75,7 +68,7 @@ def test_every_expert_opens_with_public_safetensors_at_its_place(
     for layer_idx in (1, 2, 3):
         path = tmp_path / "out" / f"layer-{layer_idx:03d}.safetensors"
         with safe_open(path, framework="pt") as file:
-            if method in BLOCK_K:
+            if METHODS[method].block_k:
                 np.testing.assert_array_equal(file.get_tensor("tables"), _ext.int4_tables(method))
             for expert in range(3):
                 for projection in PROJECTIONS:

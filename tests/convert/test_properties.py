@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.verify import error_limit, relative_error
+from convert.read_back import error_limit, relative_error
 from kt_kernel import _ext
 from kt_kernel.packed import METHODS
 

@@ -16,7 +16,6 @@ from convert.workers import (
     Stopped,
     StopRequest,
     default_thread_count,
-    node_cpus,
     run_all,
     worker_pool,
 )
@@ -36,27 +35,10 @@ def test_default_thread_count_respects_affinity_and_quota(
         assert default_thread_count(tmp_path) == threads
 
 
-def make_nodes(sysfs: Path, *cpu_lists: str) -> Path:
-    for number, cpus in enumerate(cpu_lists):
-        (sysfs / f"node{number}").mkdir(parents=True)
-        (sysfs / f"node{number}" / "cpulist").write_text(cpus + "\n")
-    return sysfs
-
-
-def test_node_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5, 6})
-    # Node 2 has memory only, node 1 has CPUs this process may not use, too.
-    sysfs = make_nodes(tmp_path / "node", "0-3", "4-7", "")
-    assert node_cpus(sysfs) == [{0, 1}, {5, 6}]
-    assert node_cpus(tmp_path / "nothing") == [{0, 1, 5, 6}]
-    (tmp_path / "node" / "node0" / "cpulist").write_text("what")
-    assert node_cpus(sysfs) == [{0, 1, 5, 6}]
-
-
 def test_workers_are_spread_over_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     bound: list[set[int]] = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: bound.append(cpus))
-    monkeypatch.setattr(workers, "node_cpus", lambda: [{0}, {1}, {2}])
+    monkeypatch.setattr(workers, "cpus_of_nodes", lambda: {0: {0}, 1: {1}, 2: {2}})
     everyone = threading.Barrier(4)
     with worker_pool(4, nodes=2) as pool:
         run_all(pool, [lambda: everyone.wait(10)] * 4, StopRequest())

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from convert import writer as writer_module
 from convert.workers import StopRequest
-from convert.writer import RAW_TYPES, LayerWriter, file_bytes, hash_range, layer_header
+from convert.writer import LayerWriter, file_bytes, hash_range, layer_header
+from kt_kernel.files.safetensors_header import raw_type
 from kt_kernel.packed import PackedLayout
 from tests.convert.helpers import raw_bits
 
@@ -31,7 +32,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 def random_tensors(layout: PackedLayout) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
-        name: rng.integers(-100, 100, spec.shape).astype(RAW_TYPES[spec.dtype])
+        name: rng.integers(-100, 100, spec.shape).astype(raw_type(spec.dtype))
         for name, spec in layout.tensors().items()
     }
 

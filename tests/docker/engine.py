@@ -23,6 +23,7 @@ ROOT = "DOCKER_TESTS_ROOT"
 """Environment variable, set by ``run_of_tests``: the folder of this run's engine."""
 NEEDED_BYTES = 30 * 10**9
 START_SECONDS = 60.0
+MAKE_VARIABLES = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -68,9 +69,12 @@ def run(
     folder: Path = REPOSITORY,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command; its output is in the exception when it fails."""
+    # Tests are often run by make, whose variables would make a make that they start a part of it:
+    # it would share its jobs and print the directories that it enters.
+    inherited = {k: v for k, v in os.environ.items() if k not in MAKE_VARIABLES}
     result = subprocess.run(
         command,
-        env={**os.environ, **(environment or {})},
+        env={**inherited, **(environment or {})},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -190,16 +194,28 @@ def stop_daemon(engine: Engine) -> None:
 def install_plugins(root: Path) -> None:
     """Give the client of ``root`` compose and buildx: the system's, or those of Debian's trixie.
 
-    They are unpacked into ``root``; apt reads a configuration of its own, so that the system's
-    suites stay as they are.
+    They are unpacked into ``root``.
     """
     plugins = root / "client" / "cli-plugins"
     plugins.mkdir(parents=True, exist_ok=True)
     missing = [name for name in ("compose", "buildx") if not (plugins / f"docker-{name}").exists()]
     if not missing:
         return
+    names = [f"docker-{name}" for name in missing]
+    unpacked = unpack_trixie(root / "plugins", *names)
+    for name in names:
+        found = unpacked / "usr/libexec/docker/cli-plugins" / name
+        if not found.exists():
+            raise EngineUnavailable(f"no {name} in Debian's trixie")
+        (plugins / name).symlink_to(found)
+
+
+def unpack_trixie(work: Path, *packages: str) -> Path:
+    """Unpack packages of Debian's trixie into a folder of ``work``, which is returned.
+
+    apt reads a configuration of its own, so that the system's suites stay as they are.
+    """
     uri = debian_uris()[0]
-    work = root / "plugins"
     for name in ("parts", "lists/partial", "cache/archives/partial", "unpacked"):
         (work / name).mkdir(parents=True, exist_ok=True)
     (work / "parts" / "trixie.sources").write_text(
@@ -212,15 +228,11 @@ def install_plugins(root: Path) -> None:
         *("-o", "APT::Sandbox::User=root"),
     ]
     run(["apt-get", "-q", *options, "update"])
-    names = [f"docker-{name}" for name in missing]
-    run(["apt-get", "-q", *options, "download", *names], folder=work)
-    for archive in work.glob("docker-*.deb"):
+    chosen = [f"{package}/trixie" for package in packages]  # not the version that is installed
+    run(["apt-get", "-q", *options, "download", *chosen], folder=work)
+    for archive in work.glob("*.deb"):
         run(["dpkg", "-x", str(archive), str(work / "unpacked")])
-    for name in names:
-        found = work / "unpacked" / "usr/libexec/docker/cli-plugins" / name
-        if not found.exists():
-            raise EngineUnavailable(f"no {name} in Debian's trixie at {uri}")
-        (plugins / name).symlink_to(found)
+    return work / "unpacked"
 
 
 def debian_uris() -> list[str]:

@@ -11,12 +11,10 @@ import signal
 import ssl
 import sys
 import time
-import tomllib
 from urllib.parse import urlsplit
 
 from tests.docker.engine import (
     KEEP,
-    REPOSITORY,
     Engine,
     EngineUnavailable,
     debian_uris,
@@ -25,9 +23,8 @@ from tests.docker.engine import (
     run_of_tests,
     shared_engine,
 )
-from tests.docker.project import CPU, Project
+from tests.docker.project import Project
 
-PYPROJECT = REPOSITORY / "pyproject.toml"
 BASE_IMAGE = "local/debian:bookworm"
 NAMES = {
     "IMAGE": "tests/runtime:local",
@@ -51,8 +48,6 @@ def build_variables(engine: Engine) -> dict[str, str]:
         "BASE_IMAGE": BASE_IMAGE,
         "APT_MIRROR": f"{mirror.scheme}://{mirror.netloc}",
         "PIP_CONF_FILE": str(pip_conf),
-        # By the file: CI builds the images before this package is installed.
-        "IMAGE_VERSION": tomllib.loads(PYPROJECT.read_text())["project"]["version"],
         **({"CA_BUNDLE_FILE": bundle} if bundle else {}),
     }
 
@@ -63,11 +58,9 @@ def build(engine: Engine) -> list[str]:
     make_base_image(engine, BASE_IMAGE)
     told = [f"base image: {time.monotonic() - started:.0f} s"]
     started = time.monotonic()
-    files = (*CPU, "compose/replicas.yml")
-    project = Project(engine, "build", {**NAMES, **build_variables(engine)}, files)
-    for service in ("hub", "serve", "router"):  # one after the other: they share layers
-        project.compose("build", service, timeout=1700)
-    told.append(f"docker compose build: {time.monotonic() - started:.0f} s")
+    project = Project(engine, "build", {**NAMES, **build_variables(engine)})
+    project.make("image", "WITH=cpu replicas", timeout=1700)
+    told.append(f"make image: {time.monotonic() - started:.0f} s")
     return told
 
 

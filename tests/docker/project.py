@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 
 import docker
+from kt_kernel.host.addresses import free_port
 from tests.docker.engine import REPOSITORY, Engine, run
 
 CPU = ("docker-compose.yml", "compose/cpu.yml")
@@ -48,7 +49,7 @@ class Project:
     def __post_init__(self) -> None:
         self.client = docker.DockerClient(base_url=self.engine.url, timeout=120)
         # Each project has a status service; projects live at the same time.
-        self.variables = {"KT_STATUS_PORT": str(_free_port()), **self.variables}
+        self.variables = {"KT_STATUS_PORT": str(free_port()), **self.variables}
 
     def with_files(self, *files: str, **variables: str) -> Project:
         """The same project with further override files and variables."""
@@ -89,8 +90,16 @@ class Project:
     def up(
         self, *services: str, check: bool = True, timeout: float = 600
     ) -> subprocess.CompletedProcess[str]:
-        """``up -d``: returns when the last service was started, or one before it failed."""
+        """``up -d``: returns when the last service was started, or preflight failed."""
         return self.compose("up", "-d", "--no-build", *services, check=check, timeout=timeout)
+
+    def preflight(self, **variables: str) -> list[str]:
+        """What a container that is thrown away says against these settings."""
+        words = ("run", "--rm", "--no-deps", "-T", "preflight", "check", "--first")
+        result = self.with_files(**variables).compose(*words, check=False)
+        assert result.returncode != 0, result.stdout
+        lines = (result.stdout + result.stderr).splitlines()
+        return [line for line in lines if line.startswith(("FAIL:", "error:", "Error "))]
 
     def down(self, volumes: bool = False) -> None:
         self.compose("down", "--remove-orphans", *(["-v"] if volumes else []))
@@ -112,9 +121,21 @@ class Project:
     def logs(self, service: str, number: int = 1) -> str:
         return str(self.container(service, number).logs().decode(errors="replace"))
 
+    def wait_until_told(self, pattern: str, seconds: float = 120) -> str:
+        """Until the status service says what the pattern matches as a whole; what it says."""
+        deadline = time.monotonic() + seconds
+        told = ""
+        while not re.fullmatch(pattern, told):
+            assert time.monotonic() < deadline, (pattern, told, self.states())
+            time.sleep(0.05)
+            with contextlib.suppress(httpx.TransportError):
+                told = self.status()[1]
+        return told
+
     def errors(self, service: str) -> list[str]:
         """The lines of a service's log that tell a mistake."""
-        return [line for line in self.logs(service).splitlines() if line.startswith("error:")]
+        found = [re.sub(r"^\[[-: 0-9]+\] ", "", line) for line in self.logs(service).splitlines()]
+        return [line for line in found if line.startswith("error:")]
 
     def volume(self, name: str) -> Path:
         """Where a volume is on this machine."""
@@ -194,18 +215,12 @@ def watched(project: Project) -> Iterator[list[tuple[int, str]]]:
         thread.join()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def kill_at_random(project: Project, service: str, within: float, source: random.Random) -> str:
-    """Start a service with what it needs, kill -9 its container; returns what the kill met."""
+    """Start a service, kill -9 its container; returns what the kill met."""
     with subprocess.Popen(
         ["docker", "compose", "--env-file", os.devnull, "-p", project.name]
         + [word for file in project.files for word in ("-f", file)]
-        + ["up", "-d", "--no-build", service],
+        + ["up", "-d", "--no-build", "--no-deps", service],
         env={**os.environ, **project.environment()},
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,

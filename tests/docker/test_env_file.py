@@ -6,10 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from deploy.env_file import read_env_file
 from deploy.errors import UserErrors
+from deploy.settings.env_file import read_env_file
+from tests.deploy.compose_values import ENVIRONMENT, VALUES, texts
 from tests.docker.engine import Engine, run
-from tests.entrypoint.compose_values import ENVIRONMENT, VALUES, texts
 
 
 def test_compose_gives_the_same_values(engine: Engine, tmp_path: Path) -> None:

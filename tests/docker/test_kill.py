@@ -23,8 +23,9 @@ def undisturbed(
     project = Project(engine, "undisturbed", {**images, **small}, FILES)
     try:
         seconds = {}
+        project.up("hub")
         for stage in ("download", "convert"):
-            project.up(stage)
+            project.up("--no-deps", stage)
             assert project.container(stage).wait()["StatusCode"] == 0, project.logs(stage)
             # The container's own, without what Compose and other services take.
             state = project.container(stage).attrs["State"]
@@ -54,13 +55,14 @@ def test_killed_three_times_ends_with_the_same_bytes(
     while not any("killed" in each for each in met):
         assert within > 0.02, met
         victim.down(volumes=True)
+        victim.up("hub")
         if stage == "convert":
-            victim.up("download")
+            victim.up("--no-deps", "download")
             assert victim.container("download").wait()["StatusCode"] == 0
         met = [kill_at_random(victim, stage, within, source) for _ in range(KILLS)]
         within /= 2
     measured.append(f"kill -9 of {stage}: " + "; ".join(met))
-    victim.up(stage)
+    victim.up("--no-deps", stage)
     assert victim.container(stage).wait()["StatusCode"] == 0, victim.logs(stage)
     assert victim.digests("models") == expected["models"]
     if stage == "convert":

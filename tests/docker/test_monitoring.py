@@ -77,8 +77,8 @@ def test_prometheus_scrapes_the_server(prometheus: str) -> None:
 
 def test_every_metric_of_the_dashboard_is_exported(stack: Project) -> None:
     with stack.api() as api:
-        exported = set(re.findall(r"^(sglang:\w+)", api.get("/metrics").text, re.M))
-    named = {name for query in QUERIES for name in re.findall(r"sglang:\w+", query)}
+        exported = set(re.findall(r"^((?:sglang:|kt_)\w+)", api.get("/metrics").text, re.M))
+    named = {name for query in QUERIES for name in re.findall(r"(?:sglang:|kt_)\w+", query)}
     assert len(named) > 10
     assert named <= exported
 

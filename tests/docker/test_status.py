@@ -1,36 +1,32 @@
-"""The status service beside a download that takes its time, is killed and started again."""
+"""Stages that go on without whoever started them, and what the status service says of them."""
 
 from __future__ import annotations
 
 import re
-import threading
-import time
 from collections.abc import Callable
 
 from tests.docker.project import Project, watched
 
 
-def test_tells_what_the_stages_do_and_that_one_was_killed(project: Callable[..., Project]) -> None:
-    slow = project("tests/docker/slow-hub.yml")
+def test_up_returns_and_the_stages_take_their_turns(project: Callable[..., Project]) -> None:
+    # New volumes are for any user.
+    slow = project("tests/docker/slow-hub.yml", RUN_AS="12345:12346")
     with watched(slow) as told:
-        starting = threading.Thread(target=slow.up, args=["download"])
-        starting.start()
-        wait_for(told, r"downloading \d+\.\d of \d+\.\d MB")
-        starting.join()
+        slow.up("download", "convert")
+        # Nobody is there to start the conversion after the download: it waits by itself.
+        slow.wait_until_told(r"downloading \d+\.\d of \d+\.\d MB")
+        assert slow.states()["convert"] == "running"
         slow.container("download").kill("SIGKILL")
-        wait_for(told, r"failed: the process ended without a word while downloading .*")
+        ended = "the process ended without a word while downloading .*"
+        slow.wait_until_told(f"restarting: {ended}")
+        slow.wait_until_told(f"failed: {ended}")
         slow.up("download")
-        wait_for(told, r"download finished")
-        slow.up("convert")
-        wait_for(told, r"convert finished")
+        slow.wait_until_told(r"convert finished")
     assert {status for status, _ in told} == {503}
     assert any(re.fullmatch(r"converting \d+ of \d+ layers", state) for _, state in told), told
+    assert "waiting for download, which ended without a word" in slow.logs("convert")
+    assert slow.container("convert").wait()["StatusCode"] == 0
+    states = slow.states()
+    assert states["download"] == states["convert"] == states["preflight"] == "exited (0)"
     # It is not one of those that a stage's end ends.
-    assert slow.states()["status"] == "running"
-
-
-def wait_for(told: list[tuple[int, str]], pattern: str) -> None:
-    deadline = time.monotonic() + 120
-    while not (told and re.fullmatch(pattern, told[-1][1])):
-        assert time.monotonic() < deadline, (pattern, told[-5:])
-        time.sleep(0.02)
+    assert states["status"] == "running"

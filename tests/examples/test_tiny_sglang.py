@@ -26,8 +26,8 @@ from sglang.srt.entrypoints.openai.chat_encoding import (
 from sglang.srt.utils.hf_transformers import get_tokenizer
 
 folder = sys.argv[1]
-model = ModelConfig(model_path=folder, trust_remote_code=True)
-tokenizer = get_tokenizer(folder, trust_remote_code=True)
+model = ModelConfig(model_path=folder, trust_remote_code=False)
+tokenizer = get_tokenizer(folder, trust_remote_code=False)
 encoding = resolve_chat_encoding_spec(hf_config=model.hf_config, tokenizer=tokenizer)
 
 def chat(*messages, thinking_mode="chat"):

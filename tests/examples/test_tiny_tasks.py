@@ -7,7 +7,7 @@ import re
 import pytest
 from tokenizers import Tokenizer
 
-from deploy.settings import BY_NAME
+from deploy.settings.variables import BY_NAME
 from examples.tiny.tasks import TASKS, Example, Mixture, evaluation_examples
 from examples.tiny.train import HELD_OUT_PER_TASK, HELD_OUT_SEED, batches, trained_tokenizer
 

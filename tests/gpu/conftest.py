@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import Prompt, Result, ask
-from benchmarks.quality_tiny import prompts as held_out
+from benchmarks.quality.answers import Prompt, Result, ask
+from benchmarks.quality.tiny import prompts as held_out
 from benchmarks.server import REPOSITORY, Server
 from tests.gpu.padded import write_padded
 

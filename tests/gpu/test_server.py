@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.quality import Prompt, Result, summary
+from benchmarks.quality.answers import Prompt, Result
+from benchmarks.quality.compare import summary
 from benchmarks.server import Server
 from tests.gpu.conftest import ask_all
 

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 
 from kt_kernel import _ext as typed
+from kt_kernel.host.cpus import allowed_cpus
 
 _ext: Any = typed  # what is called wrongly here
 
 E, K, H, INNER = 4, 2, 256, 64
 TOKENS = 3
-CPU = _ext.allowed_cpus()[0][0]
+CPU = allowed_cpus()[0].id
 HUGE = 2**63 - 1
 
 engine = _ext.Engine([[CPU]], 1, "scalar")
@@ -106,20 +107,10 @@ def cases(stream_library: str) -> dict[str, Calls]:
         "targets": [lambda: _ext.targets(1)],
         "cpu_features": [lambda: _ext.cpu_features(1)],
         "cpu_brand": [lambda: _ext.cpu_brand(1)],
-        "allowed_cpus": [lambda: _ext.allowed_cpus(1)],
         "resolve_target": with_each(_ext.resolve_target, {}, {"name": TEXTS[1:]}),
         "assume_target_supported": with_each(_ext.assume_target_supported, {}, {"name": TEXTS}),
         "replace_target": with_each(
             _ext.replace_target, {}, {"address": [0, 8, -1, id(E), HUGE, 2**64, None]}
-        ),
-        "choose_cpus": with_each(
-            _ext.choose_cpus,
-            {"cpus": [(0, 0, 0)], "threads": 1, "pools": 1},
-            {
-                "cpus": [[(0, 0)], [(0, 0, 2**40)], None, [None]],
-                "threads": COUNTS,
-                "pools": COUNTS,
-            },
         ),
         "codes_shape": with_each(
             _ext.codes_shape,
@@ -260,6 +251,14 @@ def cases(stream_library: str) -> dict[str, Calls]:
         ),
         "StreamContext.end_overdue": with_each(
             context.end_overdue, {}, {"seconds": [-1, np.nan, np.inf, 1e300, None, "1"]}
+        ),
+        "StreamContext.register_memory": with_each(
+            context.register_memory,
+            {},
+            {"memory": [gaps(np.ones(8, np.uint8)), np.ones(8, np.int64), None, 0, "x"]},
+        ),
+        "StreamContext.pin_outputs": with_each(
+            context.pin_outputs, {}, {"engine": [None, layer, 0]}
         ),
         "StreamLayer": with_each(
             _ext.StreamLayer,

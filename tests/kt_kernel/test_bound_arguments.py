@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.compiler import ROOT
-from tests.stream import fake_cuda
+from tests.csrc.stream import fake_cuda
 
 
 def test_bad_arguments_of_every_bound_function() -> None:

@@ -14,7 +14,7 @@ from kt_kernel import KTMoEWrapper
 from kt_kernel.calls import LEFT
 from kt_kernel.errors import UserError
 from tests import reference
-from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.kt_kernel.layer_files import LAYOUTS, write_layer
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LayerShape
 
@@ -207,7 +207,7 @@ def test_a_job_that_nobody_waits_for_keeps_its_memory(
     first, second = wrappers(layers, 6)[:2]
     x, ids, weights = batch(900, 1)
     first.forward(x, ids, weights)
-    before = first._engine.totals["calls"]
+    before = first._weights.engine.totals["calls"]
     if end == "refused":
         ids = torch.full_like(ids, SHAPE.num_experts)
         with pytest.raises(UserError, match="expert id 16"):
@@ -217,10 +217,11 @@ def test_a_job_that_nobody_waits_for_keeps_its_memory(
             second.submit_forward(*batch(899, 1))
     else:
         LEFT.swap(None)
-    others = [first._engine.take_buffer(x.nbytes) for _ in range(4)]
+    others = [first._weights.engine.take_buffer(x.nbytes) for _ in range(4)]
     for memory in others:
         memory[:] = 0
-    assert first._engine.totals["calls"] == before, "the deferred job was over: nothing was tried"
+    totals = first._weights.engine.totals
+    assert totals["calls"] == before, "the deferred job was over: nothing was tried"
     second.without_deferral().forward(*batch(1, 1))  # jobs run in turn
     assert not any(memory.any() for memory in others)
 

@@ -11,44 +11,11 @@ import pytest
 import torch
 
 from kt_kernel import _ext, engine
+from kt_kernel.host.cpus import Cpu, allowed_cpus
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LAYERS
 
-CPUS = [cpu for cpu, _, _ in _ext.allowed_cpus()]
-
-
-def topology(nodes: int, cores: int, threads: int = 2) -> list[tuple[int, int, int]]:
-    """(CPU, node, rank) as Linux numbers them: first the first thread of every core."""
-    return [
-        (rank * nodes * cores + node * cores + core, node, rank)
-        for rank in range(threads)
-        for node in range(nodes)
-        for core in range(cores)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("cpus", "threads", "pools", "groups"),
-    [
-        (topology(2, 4), 8, 2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
-        (topology(2, 4), 5, 2, [[0, 1, 2], [4, 5]]),
-        # Hyperthreads only when there are no cores left.
-        (topology(2, 2), 6, 2, [[0, 1, 4], [2, 3, 6]]),
-        (topology(1, 4), 4, 2, [[0, 1], [2, 3]]),
-        (topology(2, 2), 2, 1, [[0, 1]]),
-        (topology(2, 2, 1), 4, 1, [[0, 1, 2, 3]]),
-        # A CPU set that has little of a node: others help its group.
-        ([(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0), (4, 1, 0)], 5, 2, [[0, 1, 2], [4, 3]]),
-        # No more workers than CPUs, no more groups than workers.
-        (topology(2, 1, 1), 9, 2, [[0], [1]]),
-        (topology(2, 1, 1), 9, 3, [[0], [1]]),
-        (topology(2, 4), 1, 2, [[0]]),
-    ],
-)
-def test_choice_of_cpus(
-    cpus: list[tuple[int, int, int]], threads: int, pools: int, groups: list[list[int]]
-) -> None:
-    assert _ext.choose_cpus(cpus, threads, pools) == groups
+CPUS = [cpu.id for cpu in allowed_cpus()]
 
 
 def make_engine(threads: int, pools: int = 1) -> _ext.Engine:
@@ -95,7 +62,8 @@ def test_a_quota_limits_the_threads(
 def test_hyperthreads_are_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_ext, "allowed_cpus", lambda: [(CPUS[0], 0, 0), (CPUS[-1], 0, 1)])
+    two = [Cpu(CPUS[0], 0, 0), Cpu(CPUS[-1], 0, 1)]
+    monkeypatch.setattr(engine, "allowed_cpus", lambda: two)
     make_engine(1)
     assert caplog.text == ""
     make_engine(2)

@@ -20,8 +20,9 @@ import torch
 
 from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
-from kt_kernel.loading import LoadProgress
-from tests.kt_kernel.files import LAYOUTS, write_layer, write_random_layer
+from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.load_progress import LoadProgress
+from tests.kt_kernel.layer_files import LAYOUTS, write_layer, write_random_layer
 
 
 def test_progress_lines() -> None:
@@ -139,9 +140,9 @@ def test_a_truncated_file_is_one_clear_error(
 ) -> None:
     """One that shrinks after its header was checked."""
     path = write_layer(tmp_path, LAYOUTS["int8"], 3)
-    header = packed.read_header(path)
+    header = read_header(path)
     os.truncate(path, 100_000)
-    monkeypatch.setattr(packed, "read_header", lambda _: header)
+    monkeypatch.setattr("kt_kernel.layer_weights.read_header", lambda _: header)
     with pytest.raises(UserError, match=r"layer 3: .*layer-003\.safetensors ends before byte"):
         wrapper_of(tmp_path, LAYOUTS["int8"], 3).load_weights(torch.arange(4))
 
@@ -156,7 +157,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     assert wrapper.cpu_slots() == [0, 1, 2, 3]
     # What it says of the file is no text either: one Python raises that, another says nothing.
     with pytest.raises((UnicodeDecodeError, RuntimeError)):
-        wrapper._layer.load_file(os.fsencode(path), [[2**40] * 3] * 3, None, [0, 1, 2, 3])
+        wrapper._weights.layer.load_file(os.fsencode(path), [[2**40] * 3] * 3, None, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("begin", [-64, 1 << 40, 2**63 - 64])
@@ -168,10 +169,26 @@ def test_a_place_outside_the_file_is_refused_before_anything_is_read(
     path = write_layer(tmp_path, layout, 3)
     wrapper = wrapper_of(tmp_path, layout, 3)
     wrapper.load_weights(torch.arange(4))
-    tensors = packed.read_header(path).tensors
+    tensors = read_header(path).tensors
     offsets = [[tensors[f"{p}.codes"].begin, 0, begin] for p in packed.PROJECTIONS]
     with pytest.raises(RuntimeError, match=r"layer-003\.safetensors ends before byte"):
-        wrapper._layer.load_file(str(path), offsets, None, [0, 1, 2, 3])
+        wrapper._weights.layer.load_file(str(path), offsets, None, [0, 1, 2, 3])
     x, ids, weights = torch.ones(1, 256), torch.tensor([[0, 1]]), torch.ones(1, 2)
     wrapper.submit_forward(x, ids, weights)
     assert wrapper.sync_forward(x, 0).abs().sum() > 0
+
+
+@pytest.mark.parametrize(("bits", "value"), [(0x7F80, "inf"), (0xFFC1, "nan")])
+def test_a_scale_that_is_no_number_is_told(tmp_path: Path, bits: int, value: str) -> None:
+    """One makes every answer of its expert none, and sampling fail far from here."""
+    layout = LAYOUTS["int4"]
+    write_layer(tmp_path, layout, 3)
+    path = tmp_path / packed.layer_file_name(3)
+    entry = read_header(path).tensors["up.scales"]
+    with path.open("r+b") as file:
+        file.seek(entry.begin + 2 * (2 * entry.shape[1] + 5))
+        file.write(bits.to_bytes(2, "little"))
+    with pytest.raises(UserError) as raised:
+        wrapper_of(tmp_path, layout, 3).load_weights(torch.arange(4))
+    said = f"layer 3: {path}: expected finite scales, found {value} for row 5 of expert 2's up (1 "
+    assert str(raised.value).startswith(said)

@@ -11,8 +11,9 @@ import pytest
 
 from kt_kernel import _ext, packed
 from kt_kernel.errors import UserError
+from kt_kernel.files.safetensors_header import read_header
 from kt_kernel.packed import PackedLayout
-from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.kt_kernel.layer_files import LAYOUTS, write_layer
 
 V32 = {"num_experts": 256, "hidden_size": 7168, "intermediate_size": 2048}
 
@@ -32,7 +33,7 @@ def test_shapes_are_the_extensions(method: str) -> None:
     for projection in packed.PROJECTIONS:
         n, k = layout.projection_shape(projection)
         assert specs[f"{projection}.codes"].shape == (3, *_ext.codes_shape(n, k, method))
-    assert ("tables" in specs) == (method in packed.BLOCK_K)
+    assert ("tables" in specs) == bool(packed.METHODS[method].block_k)
 
 
 @pytest.mark.parametrize("size", [0, 32, 100, -64])
@@ -45,7 +46,7 @@ def test_sizes_that_do_not_fit_a_block(name: str, size: int) -> None:
 def test_a_good_file_passes(tmp_path: Path) -> None:
     for method, layout in LAYOUTS.items():
         path = write_layer(tmp_path / method, layout, layer_idx=5)
-        header = packed.read_header(path)
+        header = read_header(path)
         packed.check_layer_header(header, layout, 5)
         assert header.file_size == path.stat().st_size
 
@@ -66,23 +67,23 @@ def test_metadata_of_something_else(tmp_path: Path, change: dict[str, str], mess
     layout = LAYOUTS["int4"]
     path = write_layer(tmp_path, layout, 5, metadata=change)
     with pytest.raises(UserError, match=message):
-        packed.check_layer_header(packed.read_header(path), layout, 5)
+        packed.check_layer_header(read_header(path), layout, 5)
 
 
 def test_tensor_missing_or_of_another_shape(tmp_path: Path) -> None:
     layout = LAYOUTS["int4"]
     path = write_layer(tmp_path / "a", layout, 5, drop="up.codes")
     with pytest.raises(UserError, match=r"has no tensor up\.codes: convert this layer again"):
-        packed.check_layer_header(packed.read_header(path), layout, 5)
+        packed.check_layer_header(read_header(path), layout, 5)
     path = write_layer(tmp_path / "b", layout, 5, reshape="up.scales")
     with pytest.raises(UserError, match=r"up\.scales is BF16 \[\d+\], expected BF16 \[4, 64"):
-        packed.check_layer_header(packed.read_header(path), layout, 5)
+        packed.check_layer_header(read_header(path), layout, 5)
 
 
 @pytest.mark.parametrize("more", [-1, 1])
 def test_tensor_of_another_length_than_its_shape(tmp_path: Path, more: int) -> None:
     layout = LAYOUTS["int8"]
-    header = packed.read_header(write_layer(tmp_path, layout, 5))
+    header = read_header(write_layer(tmp_path, layout, 5))
     entry = header.tensors["up.codes"]
     changed = dataclasses.replace(entry, end=entry.end + more)
     header = dataclasses.replace(header, tensors={**header.tensors, "up.codes": changed})
@@ -93,7 +94,7 @@ def test_tensor_of_another_length_than_its_shape(tmp_path: Path, more: int) -> N
 def test_files_that_are_not_safetensors(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
     with pytest.raises(UserError, match="does not exist"):
-        packed.read_header(path)
+        read_header(path)
     for content, message in (
         (b"", "is truncated: 0 bytes hold no safetensors header"),
         (b"\xff" * 100, "is truncated or not a safetensors file"),
@@ -103,7 +104,7 @@ def test_files_that_are_not_safetensors(tmp_path: Path) -> None:
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
-            packed.read_header(path)
+            read_header(path)
 
 
 @pytest.mark.parametrize("lost", [1, 1000])
@@ -113,7 +114,7 @@ def test_truncated_file(tmp_path: Path, lost: int) -> None:
     with path.open("r+b") as file:
         file.truncate(size - lost)
     with pytest.raises(UserError, match=f"truncated: expected {size} bytes, found {size - lost}"):
-        packed.read_header(path)
+        read_header(path)
 
 
 def test_header_agrees_with_the_public_library(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_header_agrees_with_the_public_library(tmp_path: Path) -> None:
 
     layout = LAYOUTS["int4"]
     path = write_layer(tmp_path, layout, 5)
-    header = packed.read_header(path)
+    header = read_header(path)
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == set(header.tensors)
         assert json.loads(json.dumps(file.metadata())) == header.metadata

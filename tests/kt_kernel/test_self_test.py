@@ -11,8 +11,9 @@ import torch
 
 from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
+from kt_kernel.files.safetensors_header import read_header
 from kt_kernel.self_test import check_layer
-from tests.kt_kernel.files import write_layer
+from tests.kt_kernel.layer_files import write_layer
 
 EXPERTS, TOP_K = 10, 2
 
@@ -30,7 +31,7 @@ def open_layer(folder: Path, method: str, **kwargs: Any) -> KTMoEWrapper:
         moe_intermediate_size=128,
         cpuinfer_threads=2,
         weight_path=str(folder),
-        method=packed.SERVED_AS[method],
+        method=packed.METHODS[method].kt_method,
         **kwargs,
     )
 
@@ -71,7 +72,7 @@ def test_few_or_no_experts_on_the_cpu(tmp_path: Path, number: int) -> None:
 def test_a_damaged_byte_in_memory_is_found(tmp_path: Path, projection: str, part: str) -> None:
     method = "int4" if part == "table_index" else "int8"
     path = write_layer(tmp_path, layout_of(method), 3)
-    entry = packed.read_header(path).tensors[f"{projection}.{part}"]
+    entry = read_header(path).tensors[f"{projection}.{part}"]
     sound = path.read_bytes()
     place = entry.begin + (entry.end - entry.begin) // EXPERTS // 2
     changed = sound[place] ^ 0x41
@@ -87,7 +88,7 @@ def test_experts_in_the_wrong_order_are_found(tmp_path: Path) -> None:
     wrapper = loaded(tmp_path, "int4")
     other = loaded(tmp_path, "int4")
     other.load_weights(torch.arange(EXPERTS).flip(0))
-    wrapper._layer = other._layer
+    wrapper._weights.layer = other._weights.layer
     with pytest.raises(UserError, match="self-test of layer 3: 512 of 512 outputs for 2 tokens"):
         check_layer(wrapper)
 
@@ -95,7 +96,7 @@ def test_experts_in_the_wrong_order_are_found(tmp_path: Path) -> None:
 def test_outputs_that_are_no_numbers_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A way of the data that loses the result, as a copy from a card might."""
+    """A data path that loses the result, as a copy from a card might."""
     write_layer(tmp_path, layout_of("int4"), 3)
     wrapper = loaded(tmp_path, "int4")
     sync = KTMoEWrapper.sync_forward

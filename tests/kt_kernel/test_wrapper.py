@@ -15,7 +15,7 @@ import torch
 from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
 from tests import reference
-from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.kt_kernel.layer_files import LAYOUTS, write_layer
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LayerShape
 
@@ -44,7 +44,7 @@ def test_a_file_gives_what_its_weights_mean(tmp_path: Path, method: str) -> None
 
     path = write_layer(tmp_path, LAYOUTS[method], 3)
     wrapper = KTMoEWrapper(
-        **{**ARGUMENTS, "weight_path": str(tmp_path), "method": packed.SERVED_AS[method]}
+        **{**ARGUMENTS, "weight_path": str(tmp_path), "method": packed.METHODS[method].kt_method}
     )
     order = torch.tensor([2, 0, 3, 1])
     wrapper.load_weights(order)

@@ -2,10 +2,10 @@
 // node each slice's pages lie. It is the only program of a virtual machine, and runs on its host
 // for comparison.
 //
-//   guest FILE EXPERTS TOP_K HIDDEN INTERMEDIATE int4|int8 TABLES OFFSET{9}
+//   guest FILE EXPERTS TOP_K HIDDEN INTERMEDIATE int4|int8 TABLES OFFSET{9} CPUS{2}
 //
 // TABLES is the offset of the tables in the file (0 for int8), OFFSETs those of codes, table_index
-// and scales of gate, up and down.
+// and scales of gate, up and down, CPUS those of a slice's workers, such as 0,1.
 
 #include <algorithm>
 #include <sys/mount.h>
@@ -18,18 +18,25 @@
 #include <cstdlib>
 #include <exception>
 #include <map>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "base/error.h"
 #include "moe/layer.h"
-#include "numa/topology.h"
 #include "targets/dispatch.h"
 
 namespace {
 
 constexpr int kSlices = 2;
-constexpr int kThreads = 4;
+
+// "0,1" -> {0, 1}
+std::vector<int> cpus_in(const std::string& text) {
+  std::vector<int> cpus;
+  std::istringstream words(text);
+  for (std::string word; std::getline(words, word, ',');) cpus.push_back(std::stoi(word));
+  return cpus;
+}
 
 uint32_t random_bits(uint32_t& state) { return state = state * 1664525 + 1013904223; }
 
@@ -82,7 +89,8 @@ void run(const std::vector<std::string>& arguments) {
   const bool int4 = arguments.at(5) == "int4";
   const kt::LayerConfig config{number(1), number(2), number(3), number(4),
                                int4 ? kt::Method::kInt4 : kt::Method::kInt8};
-  const auto groups = kt::choose_cpus(kt::allowed_cpus(), kThreads, kSlices);
+  std::vector<std::vector<int>> groups;
+  for (size_t i = 16; i < arguments.size(); ++i) groups.push_back(cpus_in(arguments[i]));
   for (size_t g = 0; g < groups.size(); ++g)
     std::printf("group %zu: %zu workers\n", g, groups[g].size());
   const kt::Kernels& kernels = kt::find_target("");

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from kt_kernel import packed
+from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.host.cpus import Cpu, allowed_cpus, choose_cpus
 from tests import native_program
-from tests.kt_kernel.files import write_random_layer
+from tests.kt_kernel.layer_files import write_random_layer
 
 ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-system-x86_64")
@@ -35,6 +37,7 @@ pytestmark = [
 LAYOUT = packed.PackedLayout(16, 512, 704, "int8")
 TOP_K = 4
 TIMEOUT = 300
+GUEST_CPUS = [Cpu(cpu, node=cpu // 2, core_rank=0) for cpu in range(4)]
 
 # loglevel 0: on a busy host the kernel complains of stalls, amid the program's lines.
 # numa_balancing: the kernel hides pages now and then to see who uses them; such a page seems to
@@ -62,8 +65,9 @@ def archive(files: dict[str, Path]) -> bytes:
     return data
 
 
-def arguments(file: Path) -> list[str]:
-    tensors = packed.read_header(file).tensors
+def arguments(file: Path, cpus: list[Cpu]) -> list[str]:
+    """The program's, for two slices with the first four of these CPUs."""
+    tensors = read_header(file).tensors
     names = [
         f"{projection}.{part}"
         for projection in packed.PROJECTIONS
@@ -71,7 +75,8 @@ def arguments(file: Path) -> list[str]:
     ]
     sizes = (LAYOUT.num_experts, TOP_K, LAYOUT.hidden_size, LAYOUT.intermediate_size)
     offsets = [tensors[name].begin if name in tensors else 0 for name in ["tables", *names]]
-    return [*map(str, sizes), LAYOUT.method, *map(str, offsets)]
+    groups = [",".join(map(str, group)) for group in choose_cpus(cpus, 4, 2)]
+    return [*map(str, sizes), LAYOUT.method, *map(str, offsets), *groups]
 
 
 def start_guest(program: Path, layer: Path, folder: Path) -> str:
@@ -84,7 +89,7 @@ def start_guest(program: Path, layer: Path, folder: Path) -> str:
         *(QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "4", "-m", "1G"),
         *("-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"),
         *("-kernel", KERNEL, "-initrd", str(image)),
-        *("-append", " ".join([KERNEL_OPTIONS, "-- /layer", *arguments(layer)])),
+        *("-append", " ".join([KERNEL_OPTIONS, "-- /layer", *arguments(layer, GUEST_CPUS)])),
     ]
     for node in range(2):
         command += ["-object", f"memory-backend-ram,id=m{node},size=512M"]
@@ -107,7 +112,10 @@ def test_slices_lie_on_their_nodes(program: Path, tmp_path: Path) -> None:
     guest = start_guest(program, layer, tmp_path)
     print(guest)
     here = subprocess.run(
-        [str(program), str(layer), *arguments(layer)], capture_output=True, text=True, check=True
+        [str(program), str(layer), *arguments(layer, allowed_cpus())],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
     assert found(r"group (\d): (\d) workers", guest) == [(0, 2), (1, 2)]

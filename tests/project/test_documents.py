@@ -140,7 +140,7 @@ def test_what_is_looked_for_is_found() -> None:
     text = (
         "`make up WITH=cpu`, `KT_X=1 make gpu-test`\n```bash\nmake demo    # it\n"
         'make up-cpu && make chat WITH=cpu\nK="a b" make quality\ncp env/x.env my.env\n```\n'
-        "`csrc/nothing.h`, `python -m deploy.docs`"
+        "`csrc/nothing.h`, `python -m deploy.settings.docs`"
     )
     assert targets_in(text) == {"up", "gpu-test", "demo", "up-cpu", "chat", "quality"}
     words = [word for part in [*code_spans(text), *code_blocks(text)] for word in part.split()]
@@ -148,7 +148,7 @@ def test_what_is_looked_for_is_found() -> None:
     assert not exists("csrc/nothing.h")
     assert not exists("nothing.h")
     assert exists("pool.h")
-    assert exists("deploy/checks_*.py")
+    assert exists("deploy/checks/*.py")
     assert {"venv", "convert", "up-cpu"} <= make_targets()
     assert "flags-we-add-and-why" in headings(REPOSITORY / "docs/configuration.md")
 

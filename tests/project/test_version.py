@@ -86,15 +86,6 @@ def test_the_installed_package_has_it() -> None:
     assert f"{'kt_kernel:':<20}{VERSION}\n" in said.stdout
 
 
-def test_the_makefile_reads_it() -> None:
-    """What `make image` gives to the image's label."""
-    makefile = (REPOSITORY / "Makefile").read_text()
-    (script,) = re.findall(r"IMAGE_VERSION=\$\$\(sed -n '(.*)' pyproject\.toml\)", makefile)
-    sed = ["sed", "-n", script, "pyproject.toml"]
-    read = subprocess.run(sed, cwd=REPOSITORY, capture_output=True, check=True, text=True)
-    assert read.stdout == VERSION + "\n"
-
-
 def test_the_changelog_ends_with_it() -> None:
     text = (REPOSITORY / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.*?)\](?: - (.*))?$", text, re.MULTILINE)

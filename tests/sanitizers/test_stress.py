@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import compiler, native_program
-from tests.stream import fake_cuda
+from tests.csrc.stream import fake_cuda
 
 #: Calls of a run; a release is worth more: KT_STRESS_CALLS=100000 make sanitize.
 CALLS = os.environ.get("KT_STRESS_CALLS", "1000")

@@ -64,11 +64,11 @@ def server_settings(
 def serve(
     server_settings: Callable[..., dict[str, str]], tmp_path: Path, measured: list[str]
 ) -> Iterator[Callable[..., Server]]:
-    """serve(method, resident, target) returns a running server, which ends with the test."""
+    """serve(method, resident, target, **settings) is a running server, which ends with the test."""
     with ExitStack() as stack:
 
-        def start(method: str, resident: int, target: str = "auto") -> Server:
-            settings = server_settings(method, resident, target)
+        def start(method: str, resident: int, target: str = "auto", **more: str) -> Server:
+            settings = {**server_settings(method, resident, target), **more}
             server = stack.enter_context(Server(settings, tmp_path / "server.log"))
             measured.append(
                 f"{method}, {resident} resident experts, target {target}: ready after "

@@ -6,6 +6,7 @@ through how activations are quantised, or through an error.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ PROJECTIONS = ("gate", "up", "down")
 FP8_BLOCK = 128
 
 
-def load(checkpoint: Path, weights: Path | None, num_resident: int) -> PreTrainedModel:
-    """Build the model that the server stands for with ``num_resident`` GPU experts a layer.
+def load(
+    checkpoint: Path, weights: Path | None, resident: int | Mapping[int, Sequence[int]]
+) -> PreTrainedModel:
+    """Build the model that the server stands for with so many GPU experts a layer.
 
-    Without packed ``weights`` every expert has to be resident: the checkpoint's own model.
+    Or with these ones, by layer. Without packed ``weights`` every expert has to be resident: the
+    checkpoint's own model.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     # The tensors are dequantised here; transformers must not do it again.
@@ -40,16 +44,17 @@ def load(checkpoint: Path, weights: Path | None, num_resident: int) -> PreTraine
     }
     for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
         prefix = f"model.layers.{layer}.mlp.experts"
+        residents = range(resident) if isinstance(resident, int) else resident[layer]
         if weights is None:
             unpacked = {
                 projection: torch.zeros(
-                    num_resident, *tensors[f"{prefix}.0.{projection}_proj.weight"].shape
+                    len(residents), *tensors[f"{prefix}.0.{projection}_proj.weight"].shape
                 )
                 for projection in PROJECTIONS
             }
         else:
             unpacked = read_packed(weights / packed.layer_file_name(layer))
-        for expert in range(num_resident):
+        for expert in residents:
             for projection in PROJECTIONS:
                 unpacked[projection][expert] = tensors[
                     f"{prefix}.{expert}.{projection}_proj.weight"
@@ -85,7 +90,7 @@ def read_packed(path: Path) -> dict[str, torch.Tensor]:
         metadata = file.metadata()
         tensors = {name: as_numpy(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     method = metadata["method"]
-    has_tables = method in packed.BLOCK_K
+    has_tables = packed.METHODS[method].block_k
     hidden, intermediate = int(metadata["hidden_size"]), int(metadata["intermediate_size"])
     result = {}
     for projection in PROJECTIONS:
@@ -119,6 +124,23 @@ def most_likely(model: PreTrainedModel, input_ids: list[int], answer: list[int])
     """For each token of ``answer``, the most likely one after all that stands before it."""
     logits: torch.Tensor = model(torch.tensor([input_ids + answer[:-1]])).logits
     return logits[0, len(input_ids) - 1 :].argmax(-1).tolist()
+
+
+@torch.no_grad()
+def routed(model: PreTrainedModel, input_ids: list[int]) -> dict[int, torch.Tensor]:
+    """The experts [T, k] to which the tokens go, by layer."""
+    found: dict[int, torch.Tensor] = {}
+    handles = [
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda _, arguments, index=index: found.update({index: arguments[1]})
+        )
+        for index, layer in enumerate(model.model.layers)
+        if hasattr(layer.mlp, "experts")
+    ]
+    model(torch.tensor([input_ids]))
+    for handle in handles:
+        handle.remove()
+    return found
 
 
 @torch.no_grad()

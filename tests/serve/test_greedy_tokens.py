@@ -1,5 +1,7 @@
 """With float activations (target ``reference``) served tokens equal transformers' exactly."""
 
+import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server import Server
+from kt_kernel.placement.metrics import METRIC, PAUSE, Pairs
 from tests.serve import reference_model
 
 NEW_TOKENS = 24
@@ -15,6 +18,8 @@ MOE_ENDS = (2, 4)
 #: experts' own weights and of packed weights, and a scaling factor on only one of the two changes
 #: the tokens.
 CONFIGURATIONS = [("int4", 0), ("int8", 1), ("int4", 4)]
+#: The last one's prompts are divided with a card, for which the CPU stands in.
+DIVIDED = {"_KT_GPU_PREFILL_STAND_IN": "float32", "KT_GPU_PREFILL_TOKEN_THRESHOLD": "32"}
 
 pytestmark = pytest.mark.serve
 
@@ -29,7 +34,8 @@ def test_greedy_tokens_are_equal(
     measured: list[str],
 ) -> None:
     method, resident = CONFIGURATIONS[index]
-    server = serve(method, resident, "reference")
+    divided = DIVIDED if index == 2 else {}
+    server = serve(method, resident, "reference", **divided)
     # At the same time, so that prefill and decode batches mix.
     with ThreadPoolExecutor(len(prompts)) as clients:
         answers = list(clients.map(lambda prompt: server.generate(prompt, NEW_TOKENS), prompts))
@@ -38,6 +44,8 @@ def test_greedy_tokens_are_equal(
     # The first and the last MoE layer were tested before the first request.
     for layer_idx in MOE_ENDS:
         assert f"self-test of layer {layer_idx}: " in server.log.read_text()
+    pairs = routed_pairs(server)
+    assert [pairs[where] > 0 for where in Pairs._fields] == [resident > 0, bool(divided), True]
     server.stop()
 
     def equal_tokens(method: str, resident: int) -> int:
@@ -62,3 +70,17 @@ def test_greedy_tokens_are_equal(
     assert equal == total
     # Otherwise equality would say nothing about the weights each expert used.
     assert equal_tokens(*CONFIGURATIONS[index - 1]) < total
+
+
+def routed_pairs(server: Server) -> dict[str, float]:
+    """The metric once it has been updated after the last request."""
+    deadline = time.monotonic() + 60
+    before: dict[str, float] | None = None
+    while time.monotonic() < deadline:
+        lines = re.findall(rf'^{METRIC}_total{{where="(\w+)"}} (\S+)$', server.metrics(), re.M)
+        now = {where: float(value) for where, value in lines}
+        if now == before and any(now.values()):
+            return now
+        before = now
+        time.sleep(1.1 * PAUSE)
+    raise AssertionError(f"the metric was not updated: {before}")

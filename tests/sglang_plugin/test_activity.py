@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kt_kernel.errors import UserError
+from kt_kernel.sglang_plugin import activity
 from kt_kernel.sglang_plugin.activity import (
     KT_FLAG_DEFAULTS,
     captures_graphs,
@@ -19,7 +20,7 @@ from kt_kernel.sglang_plugin.activity import (
     load_model_through_kt,
 )
 from kt_kernel.wrapper import KTMoEWrapper
-from tests.kt_kernel.files import LAYOUTS, write_layer
+from tests.kt_kernel.layer_files import LAYOUTS, write_layer
 
 
 class FusedMoE(torch.nn.Module):
@@ -101,6 +102,22 @@ def test_drafting_with_the_mtp_layer_is_refused(
     assert error.startswith(
         "error: --speculative-algorithm NEXTN drafts with the model's MTP layer"
     )
+
+
+def test_experts_are_moved_by_a_version_that_follows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang 0.5.16 would give each token to the expert in the slot of that number."""
+    monkeypatch.setenv("KT_DEVICE", "cpu")
+    moved = flags(**FULL, init_expert_location="/map.json")
+    check_kt_flags(None, moved)
+    monkeypatch.setattr(activity, "sglang_version", lambda: "0.5.16")
+    check_kt_flags(None, flags(**FULL, init_expert_location="trivial"))
+    with pytest.raises(SystemExit):
+        check_kt_flags(None, moved)
+    assert "set KT_EXPERT_PLACEMENT=first" in capsys.readouterr().err
+    monkeypatch.setenv("KT_DEVICE", "cuda")
+    check_kt_flags(None, moved)
 
 
 def test_unavailable_kt_kernel_is_refused(

@@ -5,7 +5,7 @@ import pytest
 from kt_kernel.errors import UserError
 from kt_kernel.sglang_plugin import register
 from kt_kernel.sglang_plugin.refusal import refusing_to_serve
-from tests.entrypoint.helpers import without_home
+from tests.deploy.helpers import without_home
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,51 @@ def used_of(wheel: Path, module: str, name: str) -> set[str]:
         and isinstance(node.value, ast.Name)
         and node.value.id == name
     }
+
+
+HTTP_SERVER = "sglang/srt/entrypoints/http_server.py"
+
+
+def routes_of(wheel: Path) -> set[str]:
+    """The routes of a wheel's HTTP server as "GET /path", with those of the routers it includes."""
+    tree = parse(wheel, HTTP_SERVER)
+    assert tree is not None
+    found = _declared(tree, "app")
+    included = {
+        ast.unparse(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "app.include_router"
+    }
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if (alias.asname or alias.name) in included:
+                assert isinstance(node, ast.ImportFrom)
+                assert node.module
+                module = parse(wheel, node.module.replace(".", "/") + ".py")
+                assert module is not None
+                found |= _declared(module, alias.name)
+                included.remove(alias.asname or alias.name)
+    assert not included, f"{wheel}: not found where {included} come from"
+    return found
+
+
+def _declared(tree: ast.Module, name: str) -> set[str]:
+    """The routes that functions of a module are decorated with, of the object ``name``."""
+    found = set()
+    for function in ast.walk(tree):
+        for call in getattr(function, "decorator_list", ()):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if ast.unparse(call.func.value) != name or call.func.attr == "exception_handler":
+                continue
+            path = call.args[0]
+            if isinstance(path, ast.Call):  # os.environ.get(NAME, default)
+                path = path.args[1]
+            if isinstance(path, ast.Name):  # set by a variable only
+                continue
+            assert isinstance(path, ast.Constant), ast.unparse(call)
+            assert isinstance(path.value, str)
+            methods = [word.value for word in call.keywords if word.arg == "methods"]
+            names = ast.literal_eval(methods[0]) if methods else [call.func.attr.upper()]
+            found |= {f"{method} {path.value}" for method in names}
+    return found

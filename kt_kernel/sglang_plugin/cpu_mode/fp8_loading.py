@@ -1,7 +1,7 @@
 """Load a block-quantised FP8 checkpoint into unquantised layers."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from kt_kernel.sglang_plugin.cpu_mode.config import BLOCK_SIZE_ATTRIBUTE
 
 SCALE_SUFFIX = "_scale_inv"
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"^model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -30,21 +30,27 @@ def load_dequantized(
     return (model, dequantized(wanted, block_size, run_dtype), *args), kwargs
 
 
-def resident_experts(model: torch.nn.Module) -> int | None:
-    """Experts per layer that SGLang itself runs; None if it runs them all."""
+def resident_experts(model: torch.nn.Module) -> dict[int, list[int]]:
+    """The checkpoint's experts that SGLang itself runs, of each layer with CPU experts."""
+    from sglang.srt.eplb.expert_location_dispatch import get_global_expert_location_metadata
     from sglang.srt.layers.moe.kt_ep_wrapper import KTEPWrapperMethod
 
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, KTEPWrapperMethod):
-            return int(method.num_gpu_experts)
-    return None
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    through_kt = [method for method in methods if isinstance(method, KTEPWrapperMethod)]
+    if not through_kt:
+        return {}
+    locations = get_global_expert_location_metadata().physical_to_logical_map_cpu
+    layers = {method.kt_config.layer_idx: method.num_gpu_experts for method in through_kt}
+    return {layer: locations[layer, :count].tolist() for layer, count in layers.items()}
 
 
 def needed_weights(
-    weights: NamedTensors, num_hidden_layers: int, num_resident_experts: int | None
+    weights: NamedTensors, num_hidden_layers: int, resident: Mapping[int, Collection[int]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights a dense-attention model without MTP and CPU experts has."""
+    """Yield the weights a dense-attention model without MTP and CPU experts has.
+
+    Layers of which ``resident`` says nothing have no CPU experts.
+    """
     for name, tensor in weights:
         layer = _LAYER.match(name)
         if layer and int(layer[1]) >= num_hidden_layers:
@@ -52,7 +58,8 @@ def needed_weights(
         if ".self_attn.indexer." in name:
             continue
         expert = _EXPERT.match(name)
-        if expert and num_resident_experts is not None and int(expert[1]) >= num_resident_experts:
+        kept = resident.get(int(expert[1])) if expert else None
+        if expert and kept is not None and int(expert[2]) not in kept:
             continue
         yield name, tensor
 

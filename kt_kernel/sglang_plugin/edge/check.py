@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from kt_kernel.files import is_deeper
+from kt_kernel.files.foreign import is_deeper
 from kt_kernel.sglang_plugin.edge.fields import FIELDS, MAX_ANSWERS, SAMPLING
 from kt_kernel.sglang_plugin.edge.kinds import (
     MAX_DEPTH,
@@ -13,7 +13,7 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     Said,
 )
 
-PROMPTS = ("prompt", "text", "input_ids", "input", "items", "documents", "instances")
+PROMPTS = ("prompt", "text", "input_ids", "input", "items", "documents")
 """Fields of which a list may hold several prompts."""
 
 ONE_FOR_EACH = (

@@ -229,6 +229,4 @@ ADMINISTRATION: dict[str, Kind] = {
 """Numbers of the routes for whoever runs the server."""
 
 FIELDS: dict[str, Kind] = {**ADMINISTRATION, **SAMPLING, **OPENAI, **GENERATE}
-FIELDS["parameters"] = Fields(FIELDS.copy())
-FIELDS["instances"] = Fields({"text": Prompt(), "input_ids": IdsOrLists(least=1)})
-"""By the names at the top of a request; the last two are Vertex AI's."""
+"""By the names at the top of a request."""

@@ -1,7 +1,7 @@
 """The check of a request's body before SGLang reads it: HTTP 400 for what would be served wrong."""
 
 import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, MutableMapping
 from typing import Any, NoReturn
 
 from kt_kernel.sglang_plugin.edge.check import TOO_DEEP, problem_of_body
@@ -30,24 +30,17 @@ class CheckedRequests:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and str(scope["path"]).rstrip("/") in self._closed:
             expected = "one that this server was started for"
-            await _refuse(scope, send, 400, Problem("the route", Said(scope["path"]), expected))
+            await refuse(scope, send, 400, Problem("the route", Said(scope["path"]), expected))
             return
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
-        body = await _read(receive)
-        if body is None:  # the client has gone
-            return
-        if len(body) > MAX_BODY:
-            found = Said(f"more than {MAX_BODY} bytes")
-            too_large = Problem(
-                "the body", found, f"at most {MAX_BODY}: send fewer prompts at once"
-            )
-            await _refuse(scope, send, 413, too_large)
+        body = await body_or_refusal(scope, receive, send)
+        if body is None:
             return
         problem = problem_of_bytes(body, self._limits())
         if problem is not None:
-            await _refuse(scope, send, 400, problem)
+            await refuse(scope, send, 400, problem)
             return
         body = without_nulls(body)
         rest = [{"type": "http.request", "body": body, "more_body": False}]
@@ -110,21 +103,36 @@ def _has_body(scope: Message) -> bool:
     return not headers.get(b"content-type", b"").lower().startswith(b"multipart/")
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The whole body, or its beginning if it is longer than it may be; None if it breaks off."""
+async def body_or_refusal(scope: Message, receive: Receive, send: Send) -> bytes | None:
+    """The whole body; None if the client has gone, or was told that it is too long."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] != "http.request":
             return None
         body += message.get("body", b"")
-        if not message.get("more_body", False) or len(body) > MAX_BODY:
+        if len(body) > MAX_BODY:
+            found = Said(f"more than {MAX_BODY} bytes")
+            expected = f"at most {MAX_BODY}: send fewer prompts at once"
+            await refuse(scope, send, 413, Problem("the body", found, expected))
+            return None
+        if not message.get("more_body", False):
             return bytes(body)
 
 
-async def _refuse(scope: Message, send: Send, status: int, problem: Problem) -> None:
+KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+"""What OpenAI and Anthropic call an error of a status; any other is an invalid request."""
+
+
+async def refuse(
+    scope: Message,
+    send: Send,
+    status: int,
+    problem: Problem,
+    more_headers: Iterable[tuple[bytes, bytes]] = (),
+) -> None:
     """Answer in the shape in which the route's clients expect an error."""
-    kind, text = "invalid_request_error", str(problem)
+    kind, text = KINDS.get(status, "invalid_request_error"), str(problem)
     error = {"message": text, "type": kind, "param": problem.path, "code": status}
     path = str(scope["path"])
     if path.startswith("/v1/messages"):
@@ -139,6 +147,7 @@ async def _refuse(scope: Message, send: Send, status: int, problem: Problem) -> 
         (b"content-length", str(len(body)).encode()),
         # After a body that was not read to its end, the connection has no next request.
         *([(b"connection", b"close")] if status == 413 else []),
+        *more_headers,
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})

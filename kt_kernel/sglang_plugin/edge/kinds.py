@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kt_kernel.files import is_deeper
+from kt_kernel.files.foreign import is_deeper
 
 MAX_DEPTH = 100
 """Lists and objects inside one another. xgrammar takes gigabytes for a JSON schema of thousands."""

@@ -13,7 +13,7 @@ def process_each_request(process: Callable[..., None], scheduler: Any, recv_reqs
 
     SGLang's scheduler ends at any exception, and the server with it. Nothing of a request is
     in a batch yet when it is taken in, so it can be answered with 400 and forgotten. An exception
-    of anything but a client's prompt still ends the server: its sender would wait for ever.
+    of anything but a client's prompt still ends the server: its sender would wait forever.
     """
     for request in recv_reqs:
         try:

@@ -1,12 +1,16 @@
 """The checks in SGLang's main process: at its HTTP server, and at what goes to the scheduler."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from kt_kernel.sglang_plugin.edge.access import CORS, Guarded, keys_of, origins_of, own_key
 from kt_kernel.sglang_plugin.edge.check import problem_of_object, problem_of_sampling
 from kt_kernel.sglang_plugin.edge.fields import MAX_LOGPROBS, SAMPLING
+from kt_kernel.sglang_plugin.edge.health import Health, log_no_probes
 from kt_kernel.sglang_plugin.edge.http import CheckedRequests
 from kt_kernel.sglang_plugin.edge.kinds import UNLIMITED, Limits, Problem, Said, TokenIds
+from kt_kernel.sglang_plugin.edge.mistakes import Mistakes, handed_on, tell_invalid, unreadable
 
 _limits = UNLIMITED
 
@@ -29,16 +33,17 @@ def serve_within_limits(global_state: Any) -> None:
     """Before ``set_global_state`` of SGLang's HTTP server, in each process that serves HTTP.
 
     The context length becomes what the scheduler takes, wherever SGLang tells it or compares with
-    it; the limits become known; and the application checks each body.
+    it; the limits become known; and the application checks who asks and each body.
     """
     global _limits
+    own_key()  # before other processes are started, which inherit it
     manager = global_state.tokenizer_manager
     # The main process of several that serve has a router of their answers here.
     if not hasattr(manager, "model_config"):
         return
     tell_served_context(manager, global_state.scheduler_info)
     _limits = limits_of(manager)
-    check_bodies(closed_routes(manager.server_args))
+    guard(manager)
 
 
 def closed_routes(server_args: Any) -> frozenset[str]:
@@ -65,14 +70,29 @@ def tell_served_context(manager: Any, scheduler_info: Any) -> None:
         manager.tokenizer.model_max_length = manager.context_len
 
 
-def check_bodies(closed: frozenset[str]) -> None:
-    """Put :class:`CheckedRequests` before SGLang's application."""
+def guard(manager: Any) -> None:
+    """Put the checks of who asks, and then of what is asked, before SGLang's application.
+
+    SGLang lets the pages of all origins ask with their visitors' credentials; here none may, unless
+    it is named.
+    """
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.middleware.cors import CORSMiddleware
     from sglang.srt.entrypoints.http_server import app
 
-    if app.middleware_stack is None:
-        app.add_middleware(CheckedRequests, limits=current_limits, closed=closed)
-    else:  # one of several processes, whose application runs already
-        app.middleware_stack = CheckedRequests(app.middleware_stack, current_limits, closed)
+    log_no_probes()
+    server_args = manager.server_args
+    keys, origins = keys_of(server_args, os.environ), origins_of(os.environ)
+    # In one of several processes the application runs already: its next request builds it again.
+    app.middleware_stack = None
+    app.user_middleware[:] = [one for one in app.user_middleware if one.cls is not CORSMiddleware]
+    app.add_exception_handler(RequestValidationError, tell_invalid)
+    app.add_middleware(Mistakes)
+    app.add_middleware(Health, manager=manager)
+    app.add_middleware(CheckedRequests, limits=current_limits, closed=closed_routes(server_args))
+    app.add_middleware(Guarded, keys=keys, origins=origins)
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=sorted(origins), **CORS)
 
 
 def normalize_checked(normalize: Callable[..., None], request: Any) -> None:
@@ -113,6 +133,7 @@ def tokenized_checked(
     wrong = wrong or _too_many_logprobs(tokenized, limits)
     if wrong is not None:
         raise ValueError(str(wrong))
+    handed_on()
     return tokenized
 
 
@@ -138,7 +159,4 @@ def _or_value_error(function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"the request cannot be served: {type(error).__name__}: {error}; compare it with "
-            "the fields of SGLang's API"
-        ) from error
+        raise ValueError(unreadable(error)) from error

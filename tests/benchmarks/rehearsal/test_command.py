@@ -30,7 +30,17 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     files.mkdir()
     output = tmp_path / "new" / "r.json"
     done = subprocess.run(
-        command("FAKE", files, "--layers", "1,2,3", "--soak", "0.03", "--json", str(output)),
+        command(
+            "FAKE",
+            files,
+            "--layers",
+            "1,2,3",
+            "--soak",
+            "0.03",
+            "--interference",
+            "--json",
+            str(output),
+        ),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -47,6 +57,7 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert first["load GB/s"] == [11.6]
     assert found["fits"]["decode"]["1"]["layers"] == 58
     assert "soak" not in first
+    assert found["servers"][0]["interference"]["beside"]["count"] >= 0
     load = found["servers"][-1]["soak"]
     assert load["errors"] == 0
     assert load["answers_unchanged"]

@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 
 from benchmarks.rehearsal import checkpoint, packed_layers
 from benchmarks.rehearsal.sizes import MOE_LAYERS, config_of, with_moe_layers
-from deploy.checks import Result, Situation, Status
-from deploy.checks_model import check_model, check_weights
-from deploy.config import load
-from deploy.gpu_memory import V32_CONFIG
-from deploy.machine import survey
+from deploy.checks.model import check_model, check_weights
+from deploy.checks.result import Result, Status
+from deploy.checks.situation import Situation
+from deploy.launch.gpu_memory import V32_CONFIG
+from deploy.settings.config import load
 from examples.tiny.fp8 import dequantize_blocks
 from examples.tiny.tensors import tensor_specs
 from kt_kernel import KTMoEWrapper
-from kt_kernel.packed import SERVED_AS
+from kt_kernel.host.machine import survey
+from kt_kernel.packed import METHODS
 from tests.benchmarks.rehearsal import small
 
 
@@ -29,7 +30,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "DRAWN", (1 << 20) - 3)
 
 
-@pytest.mark.parametrize("method", ["int4", "int4-4x8", "int8"])
+@pytest.mark.parametrize("method", METHODS)
 def test_each_number_of_layers_passes_the_checks_of_serve_and_loads(
     tmp_path: Path, method: str
 ) -> None:
@@ -41,7 +42,7 @@ def test_each_number_of_layers_passes_the_checks_of_serve_and_loads(
         checkpoint.write_view(model, tmp_path, small.with_moe_layers(count), 1)
         packed_layers.write_view(weights, tmp_path, model, layout)
         environment = {"KT_MODEL_PATH": str(model), "KT_WEIGHT_PATH": str(weights)}
-        environment |= {"KT_METHOD": SERVED_AS[method], "KT_QUANT_METHOD": method}
+        environment |= {"KT_METHOD": METHODS[method].kt_method, "KT_QUANT_METHOD": method}
         values = load(environment, [], "serve").values
         situation = Situation(values, environment, survey())
         results: list[Result] = [*check_model(situation), *check_weights(situation)]
@@ -50,7 +51,7 @@ def test_each_number_of_layers_passes_the_checks_of_serve_and_loads(
         wrapper = KTMoEWrapper(
             *(2 + count - 1, 256, 8, 256, 128),
             weight_path=str(weights),
-            method=SERVED_AS[method],
+            method=METHODS[method].kt_method,
         )
         wrapper.load_weights(torch.arange(256))
         ids = torch.arange(8, dtype=torch.int32)[None]

@@ -40,12 +40,12 @@ def trace(steps: int) -> list[dict[str, Any]]:
     """Steps of two layers, 50 us between them with other kernels and copies; a prompt first."""
     events = [event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 1, 9, 32 * HIDDEN_BYTES)]
     for step in range(steps):
-        at = 1000 + 250.0 * step
-        events += [*layer(at), *layer(at + 100)]
-        events.append(event("kernel", "head", at + 200, 10))
-        events.append(event("kernel", "head", at + 205, 15))
-        events.append(event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", at + 221, 1, 8))
-        events.append(event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", at + 240, 1, 8))
+        start = 1000 + 250.0 * step
+        events += [*layer(start), *layer(start + 100)]
+        events.append(event("kernel", "head", start + 200, 10))
+        events.append(event("kernel", "head", start + 205, 15))
+        events.append(event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", start + 221, 1, 8))
+        events.append(event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", start + 240, 1, 8))
     events.append({"ph": "M", "name": "process_name"})
     return events
 

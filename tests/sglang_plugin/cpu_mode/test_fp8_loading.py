@@ -93,9 +93,12 @@ NAMES = [
 
 
 @pytest.mark.parametrize(
-    ("resident", "experts"), [(0, []), (1, [0]), (4, [0, 1]), (None, [0, 1, 10])]
+    ("resident", "experts"),
+    [({3: []}, []), ({3: [0]}, [0]), ({2: [0], 3: [10, 1]}, [1, 10]), ({}, [0, 1, 10])],
 )
-def test_unused_tensors_are_dropped_unread(resident: int | None, experts: list[int]) -> None:
+def test_unused_tensors_are_dropped_unread(
+    resident: dict[int, list[int]], experts: list[int]
+) -> None:
     class Unread:
         """Any use of the tensor but passing it on is an AttributeError."""
 

@@ -167,10 +167,6 @@ BODIES: dict[str, dict[str, Any]] = {
     "/tokenize": {"model": "x", "prompt": "a"},
     "/detokenize": {"model": "x", "tokens": [5]},
     "/invocations": CHAT,
-    "/vertex_generate": {
-        "instances": [{"text": "a"}],
-        "parameters": {"sampling_params": {"max_new_tokens": 2}},
-    },
 }
 
 

@@ -1,0 +1,1 @@
+"""What quantising the experts changes in answers: ``python -m benchmarks.quality``."""

@@ -1,0 +1,1 @@
+"""Checks before serving: each says what was expected, what was found and what to do."""

@@ -1,0 +1,1 @@
+"""A model from the Hub: its listing, its files, and the marker that says which are there."""

@@ -1,0 +1,1 @@
+"""From settings to the commands of SGLang and of the conversion."""

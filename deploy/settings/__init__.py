@@ -1,0 +1,1 @@
+"""Settings: the one table, its types, env files, and the documents generated from it."""

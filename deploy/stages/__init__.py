@@ -1,0 +1,1 @@
+"""The stages of ``entrypoint.py``, a module each."""

@@ -1,0 +1,1 @@
+"""Bytes on disk, whatever they hold: foreign ones, safetensors' headers, durable writes, units."""

@@ -1,0 +1,1 @@
+"""Prompts of many tokens on the card and the CPUs together; see ``card``."""

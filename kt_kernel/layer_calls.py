@@ -1,0 +1,164 @@
+"""How a layer's calls are started: which of their experts are computed when, and by which path."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from kt_kernel import _ext
+from kt_kernel.calls import (
+    ACTIVATION_DTYPES,
+    LEFT,
+    Batch,
+    Call,
+    Deferred,
+    FromCuda,
+    OnStream,
+    Part,
+    Queued,
+    Started,
+    current_stream,
+)
+from kt_kernel.errors import UserError
+from kt_kernel.gpu_prefill.layer import LayerOnCard
+from kt_kernel.layer_weights import LayerWeights
+from kt_kernel.stream import stream_context
+
+
+class Experts(NamedTuple):
+    """The ids [T, k] of a batch by when they are computed; -1 in place of the others."""
+
+    now: torch.Tensor
+    deferred: torch.Tensor | None
+
+
+def split_lightest(ids: torch.Tensor, weights: torch.Tensor, count: int) -> Experts:
+    """Each token's ``count`` smallest weights deferred, the others now."""
+    lightest = weights.topk(count, largest=False).indices
+    later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
+    return Experts(ids.masked_fill(later, -1), ids.masked_fill(~later, -1))
+
+
+class LayerCalls:
+    """Starts the calls of a layer.
+
+    Args:
+        weights: the layer's.
+        num_deferred: of a token's experts, that many of the smallest weights are deferred.
+    """
+
+    def __init__(self, weights: LayerWeights, num_deferred: int) -> None:
+        self.num_deferred = num_deferred
+        self._weights = weights
+        #: Divides calls of many tokens between the card and the CPUs, where there is a card.
+        self.on_card: LayerOnCard | None = None
+        #: Calls in CUDA graphs: of its own experts, and of those deferred.
+        self._on_stream: tuple[_ext.StreamLayer, _ext.StreamLayer] | None = None
+
+    def start(self, batch: Batch) -> Call:
+        """Start a call; what its output is had from."""
+        if batch.x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self.capture(batch)
+        on_card = self.on_card if self.on_card and self.on_card.takes(batch.x) else None
+        # What the card gets depends on how long things take; what is deferred must not.
+        queue = self.queue if on_card is None else self.queue_all
+        if not batch.x.is_cuda:
+            divided = on_card.divide(batch, batch, queue) if on_card else None
+            return divided or queue(batch)
+        copied, here = _copy_from_cuda(batch)
+        if on_card is not None:
+            copied.synchronize()
+            if divided := on_card.divide(batch, here, queue):
+                return divided
+        return FromCuda(batch.x.device, copied, here, queue)
+
+    def split(self, batch: Batch) -> Experts:
+        """Which of the batch's experts are computed when."""
+        if self.num_deferred:
+            return split_lightest(batch.ids, batch.weights, self.num_deferred)
+        return Experts(batch.ids, None)
+
+    def queue(self, batch: Batch) -> Started:
+        """Give a batch in main memory to the workers."""
+        batch = _for_workers(batch)
+        before = self._take_deferred(batch, Queued)
+        experts = self.split(batch)
+        now = self._queue(batch._replace(ids=experts.now))
+        if experts.deferred is not None:
+            self._leave(self._queue(batch._replace(ids=experts.deferred)))
+        return Started(now, before)
+
+    def queue_all(self, batch: Batch) -> Started:
+        """The same, with none of its experts deferred."""
+        batch = _for_workers(batch)
+        return Started(self._queue(batch), self._take_deferred(batch, Queued))
+
+    def _queue(self, batch: Batch) -> Queued:
+        wide = batch.x.dtype == torch.float32
+        rows = batch.x.numpy() if wide else batch.x.view(torch.uint16).numpy()
+        memory = self._weights.engine.take_like(rows)
+        try:
+            job = self._weights.layer.submit(rows, batch.ids.numpy(), batch.weights.numpy(), memory)
+        except ValueError as error:
+            raise UserError(f"layer {self._weights.layer_idx}: {error}") from None
+        output = torch.from_numpy(memory)
+        return Queued(job, output if wide else output.view(torch.bfloat16))
+
+    def capture(self, batch: Batch) -> Started:
+        """Put a call on the stream being captured; nothing runs before the graph's replay."""
+        if self._on_stream is None:
+            arguments = stream_context(), self._weights.layer, self._weights.layer_idx
+            self._on_stream = _ext.StreamLayer(*arguments), _ext.StreamLayer(*arguments, True)
+        # Copies that this makes are freed here, but reused only by what comes later on the stream.
+        batch = batch.contiguous()
+        before = self._take_deferred(batch, OnStream)
+        experts = self.split(batch)
+        now = _put_on_stream(self._on_stream[0], batch._replace(ids=experts.now))
+        if experts.deferred is not None:
+            deferred = batch._replace(ids=experts.deferred)
+            self._leave(_put_on_stream(self._on_stream[1], deferred))
+        return Started(now, before)
+
+    def _take_deferred(self, batch: Batch, kind: type[Part]) -> Part | None:
+        """What the MoE layer before has left for this one's output, in a pass of this kind."""
+        deferred = LEFT.swap(None)
+        if deferred is None:
+            return None
+        return deferred.into(self._weights.layer_idx, batch.x.shape, kind)
+
+    def _leave(self, call: Queued | OnStream) -> None:
+        LEFT.swap(Deferred(self._weights.layer_idx, call))
+
+
+def _for_workers(batch: Batch) -> Batch:
+    batch = batch.contiguous()
+    if batch.x.requires_grad or batch.weights.requires_grad:
+        batch = batch.detached()
+    return batch
+
+
+def _put_on_stream(layer: _ext.StreamLayer, batch: Batch) -> OnStream:
+    layer.submit(
+        current_stream(batch.x),
+        batch.x.data_ptr(),
+        ACTIVATION_DTYPES[batch.x.dtype],
+        batch.x.shape[0],
+        batch.ids.data_ptr(),
+        batch.ids.dtype == torch.int64,
+        batch.weights.data_ptr(),
+    )
+    return OnStream(layer, batch.x)
+
+
+def _copy_from_cuda(batch: Batch) -> tuple[torch.cuda.Event, Batch]:
+    """Start device-to-host copies on the current stream, ahead of SGLang's in-place masking."""
+
+    def to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
+
+    inputs = Batch(*(to_pinned(tensor) for tensor in batch))
+    copied = torch.cuda.Event()
+    copied.record()
+    return copied, inputs
