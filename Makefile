@@ -93,10 +93,11 @@ endif
 # For a host without a network: docs/clusters.md. PARTS="weights image" takes these only.
 BUNDLE ?= bundle
 PARTS  ?=
-# Compose reads it from .env, too.
-bundle: IMAGE ?= $(if $(HAS_COMPOSE),$(shell docker compose -f docker-compose.yml config --images preflight 2>/dev/null))
+# Compose reads it from .env, too. Not `bundle: IMAGE ?=`: with that, make empties an IMAGE of the
+# environment for every other target.
+BUNDLED_IMAGE = $(or $(IMAGE),$(if $(HAS_COMPOSE),$(shell docker compose -f docker-compose.yml config --images preflight 2>/dev/null)))
 bundle: venv ## all that a host without a network needs, in BUNDLE, with checksums; PARTS="model weights image wheels source"
-	$(BIN)/python entrypoint.py bundle "$(BUNDLE)" $(PARTS:%=--part %) $(IMAGE:%=--image %)
+	$(BIN)/python entrypoint.py bundle "$(BUNDLE)" $(PARTS:%=--part %) $(BUNDLED_IMAGE:%=--image %)
 
 unbundle: ## check what is in BUNDLE and install it, without a network
 	$(PYTHON) entrypoint.py unbundle "$(BUNDLE)" $(PARTS:%=--part %)

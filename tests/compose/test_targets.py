@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tomllib
 from dataclasses import dataclass
@@ -134,3 +135,18 @@ def test_a_bundle_has_the_image_of_compose(folder: Path) -> None:
     assert "--image mine:1" in _run(folder, *target, IMAGE="mine:1").stdout
     found = _run(folder, "-n", "unbundle", "BUNDLE=/a b", "PARTS=image").stdout
     assert 'entrypoint.py unbundle "/a b" --part image' in found
+
+
+def test_variables_of_the_environment_reach_compose_unchanged(folder: Path) -> None:
+    """Also those whose names the Makefile mentions."""
+    names = sorted(set(re.findall(r"\$\{([A-Z_]+)", _all_compose_files())) - {"PATH", "HOME"})
+    assert "IMAGE" in names
+    given = {name: f"value-of-{name}" for name in names}
+    result = _run(folder, "--eval", "show: ; @env", "show", **given)
+    shown = dict(line.split("=", 1) for line in result.stdout.splitlines() if "=" in line)
+    assert {name: shown.get(name) for name in names} == given
+
+
+def _all_compose_files() -> str:
+    files = [REPOSITORY / "docker-compose.yml", *(REPOSITORY / "compose").glob("*.yml")]
+    return "".join(file.read_text() for file in files)
