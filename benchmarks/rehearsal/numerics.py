@@ -1,15 +1,17 @@
 """One layer of V3.2's size on the card's path, against float arithmetic on its file's weights.
 
-    python -m benchmarks.rehearsal.numerics [--methods int4 int8] [--folder DIR] [--json FILE]
+    python -m benchmarks.rehearsal.numerics [--methods int4 int8] [--resident N ...] [--json FILE]
 
 Inputs come from the GPU and outputs go there, called directly and replayed by a CUDA graph. The
 reference takes the weights as the file's codes and scales stand for, in float32 on the GPU: what is
-left is what int8 activations cost, and rounding.
+left is what int8 activations cost, and rounding. Resident experts are FP8, multiplied by SGLang's
+kernel while the CPUs compute the others, as SGLang does it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,17 +23,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks import markdown
 from benchmarks.host_description import allowed_cpus
 from benchmarks.rehearsal import packed_layers, plan
+from benchmarks.rehearsal.resident_experts import ResidentExperts, start_sglang
 from benchmarks.rehearsal.workspace import workspace
 from deploy.launch.gpu_memory import V32_CONFIG
-from kt_kernel import _ext, packed
+from kt_kernel import KTMoEWrapper, _ext, packed
 from kt_kernel.files.safetensors_header import read_header
 from kt_kernel.host.machine import survey
 
 TOKENS = (1, 16, 512, 4096)
 LAYER, TOP_K = V32_CONFIG["first_k_dense_replace"], V32_CONFIG["num_experts_per_tok"]
 Weights = tuple[torch.Tensor, ...]
+#: x [T, H], ids and routing weights [T, k] of a call.
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
@@ -64,30 +70,43 @@ def dequantised(path: Path, layout: packed.PackedLayout) -> Iterator[Weights]:
             yield from pool.map(expert, range(first, last))
 
 
-def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float]]:
+def output(wrapper: KTMoEWrapper, residents: ResidentExperts | None, call: Inputs) -> torch.Tensor:
+    """Of a whole layer, bf16 [T, H]: in the order of SGLang's ``KTEPWrapperMethod.apply``."""
+    stream = torch.cuda.current_stream().cuda_stream
+    wrapper.submit_forward(*call, stream)
+    on_gpu = residents.forward(*call) if residents else None
+    on_cpus = wrapper.sync_forward(call[0], stream)
+    return on_cpus if on_gpu is None else on_gpu + on_cpus
+
+
+def errors(folder: Path, method: str, resident: int, threads: int) -> dict[str, dict[str, float]]:
     """Tokens -> mean|o - ref| / mean|ref|, called directly, by the CPUs alone, in a CUDA graph."""
     layout = plan.v32_layout(method)
     packed_layers.write_layers(folder, layout, [LAYER])
     torch.cuda.init()  # else the card takes no part in prompts
-    wrapper = packed_layers.load_layer(folder, layout, LAYER, 0, threads)
+    wrapper = packed_layers.load_layer(folder, layout, LAYER, resident, threads)
+    residents = ResidentExperts(LAYER, resident) if resident else None
     torch.manual_seed(0)
     inputs, outputs, wanted = {}, {}, {}
     for tokens in TOKENS:
         x = torch.randn(tokens, layout.hidden_size, device="cuda").to(torch.bfloat16)
         scores = torch.rand(tokens, layout.num_experts, device="cuda")
+        # A few tokens would hardly meet the residents, which come first.
+        scores[:, :resident] += 0.5
         weights, ids = scores.topk(TOP_K)
         inputs[tokens] = call = x, ids.to(torch.int32), weights / weights.sum(1, keepdim=True)
-        stream = torch.cuda.current_stream().cuda_stream
-        outputs[tokens] = {"direct": wrapper.forward(*call, stream).float()}
-        outputs[tokens]["CPUs"] = wrapper.without_deferral().forward(*call, stream).float()
+        outputs[tokens] = {"direct": output(wrapper, residents, call).float()}
+        outputs[tokens]["CPUs"] = output(wrapper.without_deferral(), residents, call).float()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = wrapper.forward(*call, torch.cuda.current_stream().cuda_stream)
+            captured = output(wrapper, residents, call)
         graph.replay()
         torch.cuda.synchronize()
         outputs[tokens]["graph"] = captured.float()
         wanted[tokens] = torch.zeros_like(x, dtype=torch.float32)
     for expert, matrices in enumerate(dequantised(folder / packed.layer_file_name(LAYER), layout)):
+        if residents and expert < resident:
+            matrices = residents.dequantised(expert)
         gate, up, down = (matrix.cuda() for matrix in matrices)
         for tokens, (x, ids, weights) in inputs.items():
             row, slot = (ids == expert).nonzero(as_tuple=True)
@@ -97,8 +116,8 @@ def errors(folder: Path, method: str, threads: int) -> dict[str, dict[str, float
                 wanted[tokens].index_add_(0, row, y * weights[row, slot][:, None])
     return {
         str(tokens): {
-            how: float((output - wanted[tokens]).abs().mean() / wanted[tokens].abs().mean())
-            for how, output in found.items()
+            how: float((result - wanted[tokens]).abs().mean() / wanted[tokens].abs().mean())
+            for how, result in found.items()
         }
         for tokens, found in outputs.items()
     }
@@ -110,6 +129,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.rehearsal.numerics", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--methods", nargs="+", choices=packed.METHODS, default=["int4", "int8"])
+    parser.add_argument(
+        "--resident", type=int, nargs="+", default=[0, 16], help="on the GPU (0 16)"
+    )
     parser.add_argument("--folder", type=Path, default=plan.TMPFS, help="for a layer of 6 to 12 GB")
     parser.add_argument("--json", type=Path, help="write the errors there, too")
     args = parser.parse_args(argv)
@@ -117,15 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: PyTorch finds no NVIDIA GPU: expected one", file=sys.stderr)
         return 2
     threads = survey().expert_threads(1)
-    found = {}
-    print("| experts | " + " | ".join(f"{t} tokens" for t in TOKENS) + " |\n|---|" + "---|" * 4)
-    for method in args.methods:
+    found: dict[str, dict[str, Any]] = {}
+    if any(args.resident):
+        start_sglang()
+    titles = ["experts", "resident", *(f"{tokens} tokens" for tokens in TOKENS)]
+    print("\n".join(markdown.table(titles, [])))
+    for method, resident in itertools.product(args.methods, args.resident):
         with workspace(args.folder) as folder:
-            found[method] = errors(folder, method, threads)
-        cells = (
-            f"{e['direct']:.4f}, {e['CPUs']:.4f}, {e['graph']:.4f}" for e in found[method].values()
-        )
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+            measured = errors(folder, method, resident, threads)
+        found.setdefault(method, {})[str(resident)] = measured
+        cells = (f"{e['direct']:.4f}, {e['CPUs']:.4f}, {e['graph']:.4f}" for e in measured.values())
+        print(f"| {method} | {resident} | {' | '.join(cells)} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

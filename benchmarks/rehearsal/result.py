@@ -19,6 +19,8 @@ from kt_kernel.host.gpus import Gpu
 KIND = "rehearsal"
 #: Experts a call that are so far from what even routing takes say that something is broken.
 _UNLIKE = 0.3
+#: In place of a figure.
+_NO_LINE = "no telling, its times scatter more than they grow with the layers (more --rounds)"
 SCHEMA = 1
 
 Json = dict[str, Any]
@@ -113,6 +115,9 @@ def _with_card(result: Json) -> list[str]:
     for requests, cell in fitted["decode"].items():
         count = int(requests)
         each = "answer" if count == 1 else f"answer {count} requests together"
+        if _scattered(cell):
+            lines.append(f"  {each}: {_NO_LINE}")
+            continue
         speed = f"{count / cell['seconds']:.1f} tokens/s{_interval(cell, count)}"
         share = cell["bound"] / cell["seconds"]
         lines.append(
@@ -120,6 +125,9 @@ def _with_card(result: Json) -> list[str]:
             "experts' weights allows"
         )
     for tokens, cell in fitted["prefill"].items():
+        if _scattered(cell):
+            lines.append(f"  take to the first token of a prompt of {tokens}: {_NO_LINE}")
+            continue
         lines.append(
             f"  take {_seconds(cell['seconds'])}{_interval(cell, 0)} to the first token of a "
             f"prompt of {tokens}, {int(tokens) / cell['seconds']:.0f} tokens/s"
@@ -147,6 +155,11 @@ def _with_card(result: Json) -> list[str]:
     return lines
 
 
+def _scattered(cell: Json) -> bool:
+    """Whether a line's value at all layers may as well be nothing."""
+    return bool(cell["seconds"] <= 0 or (cell["low"] is not None and cell["low"] <= 0))
+
+
 def _seconds(value: float) -> str:
     if value >= 10:
         return f"{value:.0f} s"
@@ -156,7 +169,7 @@ def _seconds(value: float) -> str:
 def _interval(cell: Json, count: int) -> str:
     """Interval and residual; of tokens/s for so many requests, of seconds for 0."""
     words = []
-    if cell["low"] is not None and cell["low"] > 0:
+    if cell["low"] is not None:
         ends = (cell["low"], cell["high"])
         if count:
             ends = (count / cell["high"], count / cell["low"])

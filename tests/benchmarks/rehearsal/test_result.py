@@ -77,6 +77,19 @@ def test_the_owner_reads_speed_share_of_the_bound_and_memory(found: dict[str, An
     assert "11.0 computed, 12.0 seen" in text
 
 
+@pytest.mark.parametrize("times", [[0.5, 0.5], [0.2, 0.9]], ids=["falling", "scattered"])
+def test_a_line_that_may_be_at_nothing_is_no_figure(
+    found: dict[str, Any], times: list[float]
+) -> None:
+    """Two servers of a shared machine once gave -29 ms for a prompt, and 141538 tokens/s."""
+    del found["servers"][1]
+    for server, seconds in zip(found["servers"], ([0.5, 0.7], times), strict=True):
+        server["prefill"]["4096"] = seconds
+    text = "\n".join(result.answer(result.derive(found)))
+    assert "to the first token of a prompt of 4096: no telling, its times scatter more" in text
+    assert "answer at 8.3 tokens/s" in text
+
+
 def test_other_settings_than_the_tutorials_are_told(found: dict[str, Any]) -> None:
     found["settings"] = {"KT_MAX_DEFERRED_EXPERTS_PER_TOKEN": "2"}
     first = result.answer(found)[0]
