@@ -98,6 +98,27 @@ def test_answers_are_those_of_the_cpu_mode(
     assert True in prefills if case.prefill_graph else prefills == {False}
 
 
+def test_the_most_used_experts_on_the_card(
+    settings: dict[str, str], prompts: list[Prompt], tmp_path: Path
+) -> None:
+    """A server counts; the next one moves its most used experts there, and answers the same."""
+    counted = {**settings, "KT_NUM_GPU_EXPERTS": "4", "KT_EXPERT_COUNTS": str(tmp_path / "counts")}
+    with Server(counted, tmp_path / "first.log") as server:
+        first = ask_all(server, prompts, tmp_path)
+    measured = {**counted, "KT_EXPERT_PLACEMENT": "measured"}
+    (tmp_path / "measured").mkdir()
+    with Server(measured, tmp_path / "measured.log") as server:
+        then = ask_all(server, prompts, tmp_path / "measured")
+        log = server.log.read_text(errors="replace")
+    found = re.search(
+        r"4 most used experts of each layer, which took ([\d.]+)% .* took ([\d.]+)%", log
+    )
+    assert found is not None, log
+    print(f"share of the pairs on the card: {found[1]}%, of experts 0 to 3 {found[2]}%")
+    assert float(found[1]) > float(found[2])
+    assert [a.text for a in first] == [a.text for a in then]
+
+
 def replayed(log: str, phase: str) -> set[bool]:
     """Whether SGLang replayed a CUDA graph, of all the batches of this phase that it logged."""
     return {said == "True" for said in re.findall(rf"{phase} batch.* cuda graph: (\w+)", log)}
