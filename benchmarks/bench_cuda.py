@@ -222,7 +222,7 @@ def measure_real(
             torch.randn(number, experts).topk(top_k).indices.to(torch.int32) for _ in range(chain)
         ]
         # Many tokens take tens of milliseconds a layer, and so less of them show as much.
-        passes = max(4, PASSES // (2 * number)) if number > 1 else PASSES
+        passes = min(PASSES, max(5, 2 * PASSES // number))
         found = measure(wrappers, ids, direct=False, passes=passes)
         if not rows:
             print("\n" + table_head(f"V3.2, {method}, {chain} calls: tokens", found))

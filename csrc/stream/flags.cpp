@@ -178,11 +178,7 @@ void Flags::poll() {
     pause();
     if (round % kRoundsPerYield != 0) continue;
     std::this_thread::yield();
-    if (any_running()) {
-      last = Clock::now();
-    } else if (Clock::now() - last > kAwake && nap()) {
-      last = Clock::now();
-    }
+    if (any_running() || (Clock::now() - last > kAwake && nap())) last = Clock::now();
   }
 }
 

@@ -50,6 +50,7 @@ std::atomic<int> failing_calls{0};
 std::atomic<size_t> registered{0};
 std::atomic<bool> held{false};
 std::atomic<uint64_t> captures{0};
+std::atomic<int> host_functions{0};
 // How memory operations fail: graphs do not take them, writes are lost, waits do not wait.
 enum Broken { kWell, kRefused, kLostWrites, kNoWaits };
 std::atomic<int> broken{kWell};
@@ -261,6 +262,7 @@ int cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 
 int cudaHostRegister(void* memory, size_t bytes, unsigned) {
   if (in_host_function) return kNotPermitted;
+  if (capturing > 0 && capture_mode != kModeRelaxed) return kUnsafeInCapture;
   if (failing_calls > 0) {
     --failing_calls;
     return kInvalidValue;
@@ -291,6 +293,7 @@ int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* st
 
 int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   return add(stream, [=] {
+    ++host_functions;
     in_host_function = true;
     function(data);
     in_host_function = false;
@@ -361,6 +364,7 @@ void fake_release() {
 }
 
 void fake_set_delay(int microseconds) { longest_delay_us = microseconds; }
+int fake_host_functions() { return host_functions; }
 void fake_break_memory_ops(int how) { broken = how; }
 void fake_fail_next(int calls) { failing_calls = calls; }
 int fake_pinned_blocks() {
