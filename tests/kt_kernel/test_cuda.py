@@ -35,6 +35,7 @@ def test_graph_replays(
     method: str, tokens: int, flags: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two layers in a graph, replayed with inputs that it was not captured with."""
+    torch.cuda.init()  # the driver must be loaded
     monkeypatch.setattr(stream_context(), "flags", flags)
     first = RandomLayer(SHAPE).wrapper(method, num_gpu_experts=1)
     second = RandomLayer(SHAPE, seed=2).wrapper(method, layer_idx=1)
