@@ -260,7 +260,27 @@ class StreamContext:
     failure: str
     """The first failure of any call, naming its layer; empty if there was none."""
 
+    flags: bool
+    """Whether calls that are captured from now on are started and ended by words of pinned memory.
+
+    Otherwise by host functions, which is so until :meth:`use_flags` succeeds. Setting it to True
+    before raises RuntimeError.
+    """
+
     def __init__(self, library: str) -> None: ...
+    def use_flags(self, driver: str, seconds: float = 5.0) -> None:
+        """Start the thread that watches the words, and replay a graph to prove that they work.
+
+        Legal while a graph is being captured, but better done before.
+
+        Args:
+            driver: path or name of the CUDA driver, which must be loaded already.
+            seconds: how long a step of the proof may take.
+
+        Raises:
+            RuntimeError: the driver is not loaded, or what does not work here.
+        """
+
     def register_memory(self, memory: NDArray[np.uint8]) -> None:
         """Let the card read memory by itself, which must stay until the process ends."""
 

@@ -25,7 +25,7 @@ from kt_kernel.layer_calls import LayerCalls
 from kt_kernel.layer_weights import LayerWeights
 from kt_kernel.placement.counts import Model
 from kt_kernel.placement.metrics import Pairs
-from kt_kernel.stream import check_earlier_calls
+from kt_kernel.stream import check_earlier_calls, prepare
 
 _MAX_LAYER = 2**31 - 1  # an int of the extension's
 
@@ -212,6 +212,7 @@ class KTMoEWrapper:
             # No layer comes after it to whose output its experts could be added. SGLang 0.5.16 does
             # not find out how many layers there are, and asks the last one to defer, too.
             self._calls.num_deferred = 0
+        prepare()
         self._calls.on_card = on_card(self._weights, self.without_deferral().forward)
 
     def load_weights_from_tensors(
@@ -236,6 +237,7 @@ class KTMoEWrapper:
         self._weights.load_from_tensors(
             (gate_proj, up_proj, down_proj), physical_to_logical_map_cpu, quant_method
         )
+        prepare()
 
     # ---- the call --------------------------------------------------------------------------------
 

@@ -7,6 +7,13 @@ namespace py = pybind11;
 namespace kt {
 namespace {
 
+std::chrono::milliseconds checked_limit(double seconds) {
+  constexpr double kYear = 365.0 * 24 * 60 * 60;
+  if (!(seconds >= 0 && seconds <= kYear))
+    fail_argument("a limit of ", seconds, " s: expected 0 to ", kYear);
+  return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
+}
+
 // The context goes when the last memory that it has pinned is gone.
 void pin_outputs(const std::shared_ptr<StreamContext>& context, const Engine& engine) {
   engine.outputs->use(std::make_shared<const Pinning>(Pinning{
@@ -35,12 +42,16 @@ void bind_stream(py::module_& module) {
       .def(
           "end_overdue",
           [](StreamContext& context, double seconds) {
-            constexpr double kYear = 365.0 * 24 * 60 * 60;
-            if (!(seconds >= 0 && seconds <= kYear))
-              fail_argument("a limit of ", seconds, " s: expected 0 to ", kYear);
-            context.end_overdue(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000)));
+            context.end_overdue(checked_limit(seconds));
           },
-          py::arg("seconds"), py::call_guard<WithoutGil>());
+          py::arg("seconds"), py::call_guard<WithoutGil>())
+      .def(
+          "use_flags",
+          [](StreamContext& context, const std::string& driver, double seconds) {
+            context.use_flags(driver, checked_limit(seconds));
+          },
+          py::arg("driver"), py::arg("seconds") = 5.0, py::call_guard<WithoutGil>())
+      .def_property("flags", &StreamContext::flags, &StreamContext::set_flags);
 
   py::class_<StreamLayer>(module, "StreamLayer")
       .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int, bool>(),

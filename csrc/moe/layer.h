@@ -82,6 +82,8 @@ class Layer {
   // the steps somebody else may get to know the job, and abandon it where it has to wait for its
   // turn.
   std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, std::shared_ptr<void> out);
+  // The workers' CPUs, group after group.
+  const std::vector<std::vector<int>>& worker_cpus() const { return engine_->pool.cpus(); }
   // As WorkerPool::abandon.
   bool abandon(Job& job, const std::string& reason) { return engine_->pool.abandon(job, reason); }
 

@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include <type_traits>
+#include <utility>
 
 #include "base/error.h"
 
@@ -23,26 +23,34 @@ void CudaRuntime::register_memory(void* memory, size_t bytes) const {
   check(error, "cudaHostRegister");
 }
 
+LoadedLibrary::LoadedLibrary(std::string what, std::string name)
+    : what_(std::move(what)),
+      name_(std::move(name)),
+      // No name would be this program. The handle stays open: the library must not go.
+      handle_(name_.empty() ? nullptr : dlopen(name_.c_str(), RTLD_NOW | RTLD_NOLOAD)) {
+  if (handle_ == nullptr) fail_runtime("the ", what_, " ", name_, " is not loaded");
+}
+
+void* LoadedLibrary::find(const char* name) const {
+  void* const found = dlsym(handle_, name);
+  if (found == nullptr) fail_runtime("the ", what_, " ", name_, " has no ", name);
+  return found;
+}
+
+CudaRuntime::CudaRuntime(const LoadedLibrary& loaded) : library(loaded) {
+  library.resolve(memcpy_async, "cudaMemcpyAsync");
+  library.resolve(launch_host_func, "cudaLaunchHostFunc");
+  library.resolve(host_alloc, "cudaHostAlloc");
+  library.resolve(host_register, "cudaHostRegister");
+  library.resolve(host_unregister, "cudaHostUnregister");
+  library.resolve(is_capturing, "cudaStreamIsCapturing");
+  library.resolve(exchange_capture_mode, "cudaThreadExchangeStreamCaptureMode");
+  library.resolve(error_string, "cudaGetErrorString");
+  library.resolve(last_error, "cudaGetLastError");
+}
+
 CudaRuntime find_cuda_runtime(const std::string& library) {
-  // No name would be this program.
-  void* const handle = library.empty() ? nullptr : dlopen(library.c_str(), RTLD_NOW | RTLD_NOLOAD);
-  if (handle == nullptr) fail_runtime("the CUDA runtime ", library, " is not loaded");
-  const auto resolve = [&](auto& function, const char* name) {
-    void* const found = dlsym(handle, name);
-    if (found == nullptr) fail_runtime("the CUDA runtime ", library, " has no ", name);
-    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(found);
-  };
-  CudaRuntime runtime;
-  resolve(runtime.memcpy_async, "cudaMemcpyAsync");
-  resolve(runtime.launch_host_func, "cudaLaunchHostFunc");
-  resolve(runtime.host_alloc, "cudaHostAlloc");
-  resolve(runtime.host_register, "cudaHostRegister");
-  resolve(runtime.host_unregister, "cudaHostUnregister");
-  resolve(runtime.is_capturing, "cudaStreamIsCapturing");
-  resolve(runtime.exchange_capture_mode, "cudaThreadExchangeStreamCaptureMode");
-  resolve(runtime.error_string, "cudaGetErrorString");
-  resolve(runtime.last_error, "cudaGetLastError");
-  return runtime;  // the handle stays open: the library must not go
+  return CudaRuntime(LoadedLibrary("CUDA runtime", library));
 }
 
 }  // namespace kt

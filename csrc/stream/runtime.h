@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <string>
+#include <type_traits>
 
 namespace kt {
 
@@ -15,7 +16,30 @@ constexpr int kCaptureNone = 0, kCaptureActive = 1;
 constexpr int kCaptureModeRelaxed = 2;
 constexpr CudaError kAlreadyRegistered = 712;
 
+// A library that this process has loaded already, and that stays.
+class LoadedLibrary {
+ public:
+  // `what` it is, and its file name or path. Throws std::runtime_error if it is not loaded.
+  LoadedLibrary(std::string what, std::string name);
+
+  // Throws std::runtime_error if there is no such function.
+  template <class F>
+  void resolve(F*& function, const char* name) const {
+    static_assert(std::is_function_v<F>);
+    function = reinterpret_cast<F*>(find(name));
+  }
+
+ private:
+  void* find(const char* name) const;
+
+  std::string what_, name_;
+  void* handle_;
+};
+
 struct CudaRuntime {
+  explicit CudaRuntime(const LoadedLibrary& loaded);
+
+  LoadedLibrary library;
   CudaError (*memcpy_async)(void* to, const void* from, size_t bytes, int kind, CudaStream stream);
   CudaError (*launch_host_func)(CudaStream stream, void (*function)(void*), void* data);
   CudaError (*host_alloc)(void** memory, size_t bytes, unsigned flags);
@@ -32,6 +56,22 @@ struct CudaRuntime {
 
   // Lets devices read this memory by themselves; once is enough. Throws as check does.
   void register_memory(void* memory, size_t bytes) const;
+};
+
+// Lets this thread allocate, or work on another stream, while some stream is being captured: what
+// it does is no part of the capture.
+class RelaxedCapture {
+ public:
+  explicit RelaxedCapture(const CudaRuntime& runtime) : runtime_(runtime) {
+    runtime_.check(runtime_.exchange_capture_mode(&mode_), "cudaThreadExchangeStreamCaptureMode");
+  }
+  ~RelaxedCapture() { runtime_.exchange_capture_mode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  const CudaRuntime& runtime_;
+  int mode_ = kCaptureModeRelaxed;  // then the one before
 };
 
 // The runtime in a library that this process has loaded already; `library` is its file name or

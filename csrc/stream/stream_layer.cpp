@@ -14,21 +14,6 @@ constexpr size_t kAlign = 256;
 
 size_t align(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlign - 1) / kAlign * kAlign; }
 
-// Lets this thread allocate while some stream is being captured: the allocation is no part of it.
-class RelaxedCapture {
- public:
-  explicit RelaxedCapture(const CudaRuntime& runtime) : runtime_(runtime) {
-    runtime_.check(runtime_.exchange_capture_mode(&mode_), "cudaThreadExchangeStreamCaptureMode");
-  }
-  ~RelaxedCapture() { runtime_.exchange_capture_mode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  const CudaRuntime& runtime_;
-  int mode_ = kCaptureModeRelaxed;  // then the one before
-};
-
 }  // namespace
 
 // ---- what the calls share -----------------------------------------------------------------------
@@ -81,6 +66,17 @@ void StreamContext::fail(const std::string& reason) {
   if (failure_.empty()) failure_ = reason;
 }
 
+void StreamContext::use_flags(const std::string& driver, std::chrono::milliseconds limit) {
+  if (!flags_) flags_ = std::make_unique<Flags>(runtime, find_memory_ops(runtime, driver));
+  flags_->prove(limit);
+  flags_proven_ = flags_used_ = true;
+}
+
+void StreamContext::set_flags(bool used) {
+  if (used && !flags_proven_) fail_runtime("flags are not in use: expected use_flags before");
+  flags_used_ = used;
+}
+
 void StreamContext::end_overdue(std::chrono::milliseconds limit) {
   std::vector<Running> overdue;
   {
@@ -99,7 +95,17 @@ void StreamContext::end_overdue(std::chrono::milliseconds limit) {
 
 // ---- one layer ----------------------------------------------------------------------------------
 
-struct StreamLayer::Call {
+struct StreamLayer::Call final : Flags::Call {
+  Call(std::shared_ptr<StreamContext> c, std::shared_ptr<Layer> l, int idx, const CallInputs& in,
+       size_t bytes, const StreamContext::Pinned& memory, bool in_graph)
+      : context(std::move(c)),
+        layer(std::move(l)),
+        layer_idx(idx),
+        inputs(in),
+        out_bytes(bytes),
+        pinned(memory),
+        captured(in_graph) {}
+
   const std::shared_ptr<StreamContext> context;
   std::shared_ptr<Layer> layer;  // null when the StreamLayer is gone; the context's mutex is its
   const int layer_idx;
@@ -107,15 +113,21 @@ struct StreamLayer::Call {
   const size_t out_bytes;
   const StreamContext::Pinned pinned;
   const bool captured;
+  uint32_t number = 0;  // of its flags, if it has some
   // Its place in the context's list between start and finish: moved there and back, so that
   // nothing is allocated.
   std::list<StreamContext::Running> place{1};
   std::list<StreamContext::Running>::iterator running{};  // while it is there
 
+  void start() noexcept override;
+  // Only this call's thread moves its place, so it needs no lock.
+  bool ended() const noexcept override { return !place.empty() || running->job->ended(); }
+  void finish() noexcept override;
+
   // Out of the context's list, if it is there, and what it was.
-  StreamContext::Running stop_running(StreamContext& from) {
-    const std::lock_guard lock(from.mutex_);
-    if (place.empty()) place.splice(place.end(), from.running_, running);
+  StreamContext::Running stop_running() {
+    const std::lock_guard lock(context->mutex_);
+    if (place.empty()) place.splice(place.end(), context->running_, running);
     return std::exchange(place.front(), {});
   }
   void fail(const std::string& reason) const {
@@ -130,6 +142,7 @@ StreamLayer::StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr
       layer_idx_(layer_idx),
       set_(static_cast<size_t>(layer_idx % 2 + (deferred ? 2 : 0))) {
   if (layer_idx < 0) fail_argument("layer_idx is ", layer_idx, ": expected at least 0");
+  if (context_->flags()) context_->flags_->keep_off(layer_->worker_cpus());
 }
 
 StreamLayer::~StreamLayer() {
@@ -137,57 +150,59 @@ StreamLayer::~StreamLayer() {
   for (Call* call : captured_calls_) call->layer.reset();  // not the last: layer_ is one more
 }
 
-// Host functions must not call CUDA, and nothing may be thrown through it.
-void StreamLayer::start(void* data) {
-  Call& call = *static_cast<Call*>(data);
-  StreamContext& context = *call.context;
+void StreamLayer::Call::start() noexcept {
   try {
-    StreamContext::Running running{nullptr, nullptr, call.layer_idx, {}};
+    StreamContext::Running now{nullptr, nullptr, layer_idx, {}};
     {
-      const std::lock_guard lock(context.mutex_);
-      running.layer = call.layer;
+      const std::lock_guard lock(context->mutex_);
+      now.layer = layer;
     }
-    if (!running.layer) fail_runtime("called after its deletion");
+    if (!now.layer) fail_runtime("called after its deletion");
     // Pinned memory stays forever and so has no owner.
-    running.job = running.layer->make_job(call.inputs, {std::shared_ptr<void>(), call.pinned.out});
-    running.since = std::chrono::steady_clock::now();
-    if (const auto& bad = running.job->bad_id())
-      call.fail(describe(*bad, running.layer->config().num_experts));
-    call.stop_running(context);  // where a replay was never finished
+    now.job = now.layer->make_job(inputs, {std::shared_ptr<void>(), pinned.out});
+    now.since = std::chrono::steady_clock::now();
+    if (const auto& bad = now.job->bad_id()) fail(describe(*bad, now.layer->config().num_experts));
+    stop_running();  // where a replay was never finished
     {
-      const std::lock_guard lock(context.mutex_);
-      call.place.front() = running;
-      call.running = call.place.begin();
-      context.running_.splice(context.running_.end(), call.place);
+      const std::lock_guard lock(context->mutex_);
+      place.front() = now;
+      running = place.begin();
+      context->running_.splice(context->running_.end(), place);
     }
-    LayerJob::submit(running.job, true);
+    LayerJob::submit(now.job, true);
   } catch (const std::exception& error) {
-    call.fail(error.what());
-    call.stop_running(context);  // nobody would end it
+    fail(error.what());
+    stop_running();  // nobody would end it
   }
 }
 
-void StreamLayer::finish(void* data) {
-  Call& call = *static_cast<Call*>(data);
-  const std::shared_ptr<StreamContext> context = call.context;
+void StreamLayer::Call::finish() noexcept {
   bool done = false;
-  StreamContext::Running running;
+  StreamContext::Running now;
   {
     const std::lock_guard lock(context->mutex_);
-    if (call.place.empty()) running = *call.running;
+    if (place.empty()) now = *running;
   }
-  if (running.job) {
+  if (now.job) {
     try {
-      WorkerPool::wait(*running.job);
+      WorkerPool::wait(*now.job);
       done = true;
     } catch (const std::exception& error) {
-      call.fail(error.what());
+      fail(error.what());
     }
-    call.stop_running(*context);
+    stop_running();
   }
   // Every bit set is NaN in bf16 and fp32: the damage shows.
-  if (!done) std::memset(call.pinned.out, 0xff, call.out_bytes);
-  if (!call.captured) delete &call;
+  if (!done) std::memset(pinned.out, 0xff, out_bytes);
+}
+
+// Host functions must not call CUDA, and nothing may be thrown through it.
+void StreamLayer::start(void* data) { static_cast<Call*>(data)->start(); }
+
+void StreamLayer::finish(void* data) {
+  Call* const call = static_cast<Call*>(data);
+  call->finish();
+  if (!call->captured) delete call;
 }
 
 void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
@@ -209,8 +224,10 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
   const CallInputs fetched{pinned.x, inputs.dtype, inputs.tokens,
                            ExpertIds{pinned.ids, inputs.ids.is_int64},
                            reinterpret_cast<const float*>(pinned.weights)};
-  auto call = std::make_unique<Call>(
-      Call{context_, layer_, layer_idx_, fetched, out_bytes, pinned, captured});
+  auto call =
+      std::make_unique<Call>(context_, layer_, layer_idx_, fetched, out_bytes, pinned, captured);
+  Flags* const flags = captured && context_->flags() ? context_->flags_.get() : nullptr;
+  if (flags != nullptr) flags->begin(stream);
   const auto fetch = [&](uint8_t* to, const void* from, int64_t bytes) {
     cuda.check(cuda.memcpy_async(to, from, static_cast<size_t>(bytes), kDeviceToHost, stream),
                "cudaMemcpyAsync to the host");
@@ -219,9 +236,18 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
   fetch(pinned.ids, inputs.ids.data, inputs.tokens * shape.id_bytes);
   fetch(pinned.weights, inputs.weights, inputs.tokens * top_k * 4);
   if (captured) captured_calls_.reserve(captured_calls_.size() + 1);  // nothing fails after this:
-  cuda.check(cuda.launch_host_func(stream, start, call.get()), "cudaLaunchHostFunc");
+  if (flags != nullptr)
+    call->number = flags->ring(stream, set_, *call);
+  else
+    cuda.check(cuda.launch_host_func(stream, start, call.get()), "cudaLaunchHostFunc");
   pending_ = call.release();  // the stream has it; finish deletes what was not captured
   if (captured) captured_calls_.push_back(pending_);
+}
+
+void StreamLayer::wait_for(CudaStream stream, Call* call) {
+  if (call->number != 0) return context_->flags_->wait(stream, set_, call->number);
+  const CudaRuntime& cuda = context_->runtime;
+  cuda.check(cuda.launch_host_func(stream, finish, call), "cudaLaunchHostFunc");
 }
 
 void StreamLayer::sync(CudaStream stream, void* out) {
@@ -231,7 +257,7 @@ void StreamLayer::sync(CudaStream stream, void* out) {
   const void* const from = call->pinned.out;
   const size_t bytes = call->out_bytes;
   // From here on the call may be gone.
-  cuda.check(cuda.launch_host_func(stream, finish, call), "cudaLaunchHostFunc");
+  wait_for(stream, call);
   cuda.check(cuda.memcpy_async(out, from, bytes, kHostToDevice, stream),
              "cudaMemcpyAsync to the device");
 }

@@ -1,11 +1,15 @@
 // A layer's calls on a CUDA stream. Everything is put on the stream and nothing waited for, so the
 // same calls may be captured into a CUDA graph and replayed:
 //
-//   submit: inputs to pinned memory | a host function that hands them to the workers
-//   sync:   a host function that waits for the workers | the output to the device
+//   submit: inputs to pinned memory | what hands them to the workers
+//   sync:   what waits for the workers | the output to the device
+//
+// In a graph both are memory operations where the driver has them (flags.h), else, and outside of
+// graphs, host functions.
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <compare>
 #include <cstdint>
@@ -18,6 +22,7 @@
 #include <vector>
 
 #include "moe/layer.h"
+#include "stream/flags.h"
 #include "stream/runtime.h"
 
 namespace kt {
@@ -44,7 +49,7 @@ class StreamContext {
     auto operator<=>(const Shape&) const = default;
   };
 
-  static constexpr size_t kSets = 4;
+  static constexpr size_t kSets = Flags::kSets;
 
   // Memory that is the same for every captured call of this shape and set, forever: a graph keeps
   // its addresses. Calls that are not captured share sets that grow.
@@ -59,6 +64,13 @@ class StreamContext {
   // Ends the wait for calls that began longer ago than this, also where they wait for their turn;
   // they fail.
   void end_overdue(std::chrono::milliseconds limit);
+
+  // Has calls that are captured from now on started and ended by flags, after a proof that this
+  // works. Throws std::runtime_error, with a reason, where it does not: host functions do it then.
+  void use_flags(const std::string& driver, std::chrono::milliseconds limit);
+  // The same again, or not; for comparing both. Throws where use_flags has not succeeded.
+  void set_flags(bool used);
+  bool flags() const { return flags_used_; }
 
   const CudaRuntime runtime;
 
@@ -81,6 +93,8 @@ class StreamContext {
   std::array<Pinned, kSets> passing_;
   std::string failure_;
   std::list<Running> running_;
+  std::atomic<bool> flags_proven_{false}, flags_used_{false};
+  std::unique_ptr<Flags> flags_;  // last: its thread ends first
 };
 
 // The calls of one layer.
@@ -104,6 +118,7 @@ class StreamLayer {
   struct Call;
   static void start(void* call);
   static void finish(void* call);
+  void wait_for(CudaStream stream, Call* call);
 
   const std::shared_ptr<StreamContext> context_;
   const std::shared_ptr<Layer> layer_;

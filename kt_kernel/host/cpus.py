@@ -149,9 +149,10 @@ def choose_cpus(cpus: Sequence[Cpu], threads: int, pools: int) -> list[list[int]
 def cpus_beside_experts(gpus: int) -> int:
     """CPUs that a server on so many GPUs needs besides the experts' threads; 0 for none.
 
-    SGLang's scheduler of each GPU, and CUDA's thread for host functions on the first, poll all the
-    time. A pinned worker that shares its CPU with one of them keeps each layer waiting for a time
-    slice, which is milliseconds (docs/performance.md).
+    SGLang's scheduler of each GPU, and on the first the thread that watches CUDA graphs
+    (csrc/stream/flags.h), else CUDA's for host functions, poll all the time. A pinned worker that
+    shares its CPU with one of them keeps each layer waiting for a time slice,
+    which is milliseconds (docs/performance.md).
     """
     return gpus + 1 if gpus else 0
 

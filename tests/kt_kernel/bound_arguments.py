@@ -252,6 +252,11 @@ def cases(stream_library: str) -> dict[str, Calls]:
         "StreamContext.end_overdue": with_each(
             context.end_overdue, {}, {"seconds": [-1, np.nan, np.inf, 1e300, None, "1"]}
         ),
+        "StreamContext.use_flags": with_each(
+            context.use_flags,
+            {"driver": stream_library, "seconds": 1.0},
+            {"driver": ["", "/nowhere", "libc.so.6", None, 1], "seconds": [-1, np.nan, 1e300]},
+        ),
         "StreamContext.register_memory": with_each(
             context.register_memory,
             {},

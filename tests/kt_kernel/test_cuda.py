@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kt_kernel.stream import stream_context
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LAYERS
 
@@ -28,9 +29,14 @@ def test_same_bits_as_on_the_cpu(method: str, dtype: torch.dtype) -> None:
         assert torch.equal(found.cpu(), want)
 
 
+@pytest.mark.parametrize("flags", [True, False], ids=["flags", "host functions"])
 @pytest.mark.parametrize("tokens", [1, 6, 64])
-def test_graph_replays(method: str, tokens: int) -> None:
+def test_graph_replays(
+    method: str, tokens: int, flags: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two layers in a graph, replayed with inputs that it was not captured with."""
+    torch.cuda.init()  # the driver must be loaded
+    monkeypatch.setattr(stream_context(), "flags", flags)
     first = RandomLayer(SHAPE).wrapper(method, num_gpu_experts=1)
     second = RandomLayer(SHAPE, seed=2).wrapper(method, layer_idx=1)
     x, ids, weights = (t.cuda() for t in random_batch(SHAPE, tokens))

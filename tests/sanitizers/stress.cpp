@@ -1,6 +1,7 @@
 // The threads of the engine and of stream calls under load, for ThreadSanitizer and
-// AddressSanitizer: calls from several threads at once, calls on a stream, graphs replayed, calls
-// that fail, calls that are given up. Prints "done" when every result was right.
+// AddressSanitizer: calls from several threads at once, calls on a stream, graphs replayed by
+// flags and by host functions, calls that fail, calls that are given up. Prints "done" when every
+// result was right.
 //
 //   stress FAKE_RUNTIME CALLS
 
@@ -140,6 +141,7 @@ void run(const std::string& library, int calls) {
   for (std::thread& thread : threads) thread.join();
 
   const auto context = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
+  context->use_flags(library, std::chrono::minutes(1));
   kt::StreamLayer first(context, layers[0], 0, false), second(context, layers[1], 1, false);
   void* const stream = fake_stream();
   std::vector<OnDevice> batches(inputs.begin(), inputs.end());
@@ -156,13 +158,25 @@ void run(const std::string& library, int calls) {
   fake_synchronize(stream);
   for (size_t i = 0; i < batches.size(); ++i) expect(batches[i].holds(want[i]), "stream calls");
 
-  fake_begin_capture(stream);
-  for (int n = 0; n < 30; ++n) {
-    batches[1].submit(first, stream);
-    batches[1].submit(second, stream);
+  const auto capture = [&](const OnDevice& batch, int times, bool flags) {
+    context->set_flags(flags);
+    fake_begin_capture(stream);
+    for (int n = 0; n < times; ++n) {
+      batch.submit(first, stream);
+      batch.submit(second, stream);
+    }
+    return fake_end_capture(stream);
+  };
+  void* const flagged = capture(batches[1], 30, true);
+  void* const by_host_functions = capture(batches[1], 10, false);
+  void* const large = capture(batches[3], 1, true);
+  for (int n = 0; n < calls / 600; ++n) {
+    fake_launch(stream, flagged);
+    fake_launch(stream, by_host_functions);
+    if (n % 4 != 0) continue;
+    fake_synchronize(stream);
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));  // the thread of flags sleeps then
   }
-  void* const graph = fake_end_capture(stream);
-  for (int n = 0; n < calls / 600; ++n) fake_launch(stream, graph);
   fake_synchronize(stream);
   expect(batches[1].holds(want[1]), "replayed calls");
   stop = true;
@@ -174,7 +188,10 @@ void run(const std::string& library, int calls) {
     while (context->failure().empty()) context->end_overdue(std::chrono::milliseconds(0));
   });
   try {
-    while (context->failure().empty()) batches[3].submit(first, stream);
+    while (context->failure().empty()) {
+      batches[3].submit(first, stream);
+      fake_launch(stream, large);
+    }
   } catch (const std::runtime_error& refusal) {
     expect(!context->failure().empty(), refusal.what());
   }

@@ -1,8 +1,8 @@
-// The calls of the CUDA runtime that csrc/stream uses, on threads: streams are queues that run in
-// order, each on a thread of its own, with a delay before every step; a capture records steps into
-// a graph and a launch replays them. Strict where CUDA is: host memory must be pinned, device
-// memory allocated, host functions must not call the runtime, and memory must not be allocated
-// while this thread captures, unless its capture mode is relaxed.
+// The calls of the CUDA runtime and driver that csrc/stream uses, on threads: streams are queues
+// that run in order, each on a thread of its own, with a delay before every step; a capture records
+// steps into a graph and a launch replays them. Strict where CUDA is: host memory must be pinned,
+// device memory allocated, host functions must not call the runtime, and memory must not be
+// allocated while this thread captures, unless its capture mode is relaxed.
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +23,9 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotPermitted = 800, kUnsafeInCapture = 900;
-constexpr int kAlreadyRegistered = 712;
+constexpr int kAlreadyRegistered = 712, kNotReady = 600, kNotSupported = 801;
+// Host memory lies elsewhere for the device.
+constexpr uint64_t kOnDevice = uint64_t{1} << 60;
 constexpr int kModeGlobal = 0, kModeRelaxed = 2;
 enum class Kind { kHost, kDevice };
 
@@ -36,6 +38,7 @@ struct Stream {
   std::deque<Step> steps;
   bool busy = false, stopping = false;
   std::unique_ptr<Graph> capture;
+  uint64_t capture_id = 0;
   std::thread thread;
 };
 
@@ -46,6 +49,11 @@ std::atomic<int> longest_delay_us{0};
 std::atomic<int> failing_calls{0};
 std::atomic<size_t> registered{0};
 std::atomic<bool> held{false};
+std::atomic<uint64_t> captures{0};
+std::atomic<int> host_functions{0};
+// How memory operations fail: graphs do not take them, writes are lost, waits do not wait.
+enum Broken { kWell, kRefused, kLostWrites, kNoWaits };
+std::atomic<int> broken{kWell};
 thread_local int capture_mode = kModeGlobal;
 thread_local bool in_host_function = false;
 
@@ -104,9 +112,149 @@ int add(void* handle, Step step) {
   return kSuccess;
 }
 
+// As CUstreamBatchMemOpParams.
+struct MemoryOp {
+  uint32_t kind, unused;
+  uint64_t address, value;
+  uint32_t flags, unused_too;
+  uint64_t internal[2];
+};
+constexpr uint32_t kWait = 1, kWrite = 2, kUntilEqual = 1;
+
+using Word = std::atomic<uint32_t>;
+
+bool is_word(const MemoryOp& op) {
+  return (op.address & kOnDevice) != 0 && op.address % 4 == 0 &&
+         lies_in(reinterpret_cast<const void*>(op.address - kOnDevice), 4, Kind::kHost);
+}
+
+void do_memory_ops(const std::vector<MemoryOp>& ops) {
+  for (const MemoryOp& op : ops) {
+    auto& word = *reinterpret_cast<Word*>(op.address - kOnDevice);
+    const auto value = static_cast<uint32_t>(op.value);
+    if (op.kind == kWrite && broken != kLostWrites) word.store(value, std::memory_order_release);
+    if (op.kind == kWait && broken != kNoWaits)
+      while (word.load(std::memory_order_acquire) != value)
+        std::this_thread::sleep_for(std::chrono::microseconds(5));
+  }
+}
+
+void begin_capture(Stream& stream) {
+  const std::lock_guard lock(stream.mutex);
+  stream.capture = std::make_unique<Graph>();
+  stream.capture_id = ++captures;
+  ++capturing;
+}
+
+Graph* end_capture(Stream& stream) {
+  const std::lock_guard lock(stream.mutex);
+  --capturing;
+  return stream.capture.release();
+}
+
+void launch(Stream& stream, const Graph& graph) {
+  for (const Step& step : graph) add(&stream, step);
+}
+
+Stream* create_stream() {
+  auto* const stream = new Stream;
+  stream->thread = std::thread([stream] { run(*stream); });
+  return stream;
+}
+
+void destroy_stream(Stream* stream) {
+  {
+    const std::lock_guard lock(stream->mutex);
+    stream->stopping = true;
+    stream->changed.notify_all();
+  }
+  stream->thread.join();
+  delete stream;
+}
+
 }  // namespace
 
 extern "C" {
+
+// Of the driver.
+
+int cuStreamBatchMemOp_v2(void* handle, unsigned count, const MemoryOp* params, unsigned flags) {
+  const std::vector<MemoryOp> ops(params, params + count);
+  for (const MemoryOp& op : ops)
+    if (!is_word(op) || op.flags != (op.kind == kWait ? kUntilEqual : 0) || flags != 0)
+      return kInvalidValue;
+  if (broken == kRefused) return kNotSupported;
+  return add(handle, [ops] { do_memory_ops(ops); });
+}
+
+int cuStreamGetCaptureInfo_v2(void* handle, int* status, uint64_t* id, void**, void**, size_t*) {
+  auto& stream = *static_cast<Stream*>(handle);
+  const std::lock_guard lock(stream.mutex);
+  *status = stream.capture ? 1 : 0;
+  *id = stream.capture_id;
+  return kSuccess;
+}
+
+int cuGetErrorName(int error, const char** name) {
+  *name = error == kNotSupported ? "CUDA_ERROR_NOT_SUPPORTED" : "CUDA_ERROR_INVALID_VALUE";
+  return kSuccess;
+}
+
+// Of the runtime.
+
+int cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+  if (!lies_in(host, 1, Kind::kHost)) return kInvalidValue;
+  *device = reinterpret_cast<void*>(reinterpret_cast<uint64_t>(host) | kOnDevice);
+  return kSuccess;
+}
+
+int cudaStreamCreateWithFlags(void** stream, unsigned) {
+  if (in_host_function) return kNotPermitted;
+  if (capturing > 0 && capture_mode != kModeRelaxed) return kUnsafeInCapture;
+  *stream = create_stream();
+  return kSuccess;
+}
+
+int cudaStreamDestroy(void* stream) {
+  destroy_stream(static_cast<Stream*>(stream));
+  return kSuccess;
+}
+
+int cudaStreamQuery(void* handle) {
+  auto& stream = *static_cast<Stream*>(handle);
+  const std::lock_guard lock(stream.mutex);
+  return stream.steps.empty() && !stream.busy ? kSuccess : kNotReady;
+}
+
+int cudaStreamBeginCapture(void* stream, int) {
+  begin_capture(*static_cast<Stream*>(stream));
+  return kSuccess;
+}
+
+int cudaStreamEndCapture(void* stream, void** graph) {
+  *graph = end_capture(*static_cast<Stream*>(stream));
+  return kSuccess;
+}
+
+int cudaGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
+  *executable = new Graph(*static_cast<Graph*>(graph));
+  return kSuccess;
+}
+
+int cudaGraphLaunch(void* executable, void* stream) {
+  launch(*static_cast<Stream*>(stream), *static_cast<Graph*>(executable));
+  return kSuccess;
+}
+
+int cudaGraphExecDestroy(void* executable) {
+  delete static_cast<Graph*>(executable);
+  return kSuccess;
+}
+
+int cudaGraphDestroy(void* graph) {
+  delete static_cast<Graph*>(graph);
+  return kSuccess;
+}
 
 int cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   return allocate(memory, bytes, Kind::kHost);
@@ -114,6 +262,7 @@ int cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 
 int cudaHostRegister(void* memory, size_t bytes, unsigned) {
   if (in_host_function) return kNotPermitted;
+  if (capturing > 0 && capture_mode != kModeRelaxed) return kUnsafeInCapture;
   if (failing_calls > 0) {
     --failing_calls;
     return kInvalidValue;
@@ -144,6 +293,7 @@ int cudaMemcpyAsync(void* to, const void* from, size_t bytes, int kind, void* st
 
 int cudaLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
   return add(stream, [=] {
+    ++host_functions;
     in_host_function = true;
     function(data);
     in_host_function = false;
@@ -179,11 +329,7 @@ void* fake_malloc(size_t bytes) {
   return allocate(&memory, bytes, Kind::kDevice) == kSuccess ? memory : nullptr;
 }
 
-void* fake_stream() {
-  auto* const stream = new Stream;
-  stream->thread = std::thread([stream] { run(*stream); });
-  return stream;
-}
+void* fake_stream() { return create_stream(); }
 
 void fake_synchronize(void* handle) {
   auto& stream = *static_cast<Stream*>(handle);
@@ -191,16 +337,7 @@ void fake_synchronize(void* handle) {
   stream.changed.wait(lock, [&] { return stream.steps.empty() && !stream.busy; });
 }
 
-void fake_destroy(void* handle) {
-  auto* const stream = static_cast<Stream*>(handle);
-  {
-    const std::lock_guard lock(stream->mutex);
-    stream->stopping = true;
-    stream->changed.notify_all();
-  }
-  stream->thread.join();
-  delete stream;
-}
+void fake_destroy(void* stream) { destroy_stream(static_cast<Stream*>(stream)); }
 
 // Copies between device memory and any other, and fills, in the stream's order.
 void fake_copy(void* stream, void* to, const void* from, size_t bytes) {
@@ -210,22 +347,10 @@ void fake_fill(void* stream, void* to, int byte, size_t bytes) {
   add(stream, [=] { std::memset(to, byte, bytes); });
 }
 
-void fake_begin_capture(void* handle) {
-  auto& stream = *static_cast<Stream*>(handle);
-  const std::lock_guard lock(stream.mutex);
-  stream.capture = std::make_unique<Graph>();
-  ++capturing;
-}
-
-void* fake_end_capture(void* handle) {
-  auto& stream = *static_cast<Stream*>(handle);
-  const std::lock_guard lock(stream.mutex);
-  --capturing;
-  return stream.capture.release();
-}
-
-void fake_launch(void* handle, void* graph) {
-  for (const Step& step : *static_cast<Graph*>(graph)) add(handle, step);
+void fake_begin_capture(void* stream) { begin_capture(*static_cast<Stream*>(stream)); }
+void* fake_end_capture(void* stream) { return end_capture(*static_cast<Stream*>(stream)); }
+void fake_launch(void* stream, void* graph) {
+  launch(*static_cast<Stream*>(stream), *static_cast<Graph*>(graph));
 }
 
 // Stops a stream at this point until it is released.
@@ -239,6 +364,8 @@ void fake_release() {
 }
 
 void fake_set_delay(int microseconds) { longest_delay_us = microseconds; }
+int fake_host_functions() { return host_functions; }
+void fake_break_memory_ops(int how) { broken = how; }
 void fake_fail_next(int calls) { failing_calls = calls; }
 int fake_pinned_blocks() {
   const std::lock_guard lock(memory_mutex);

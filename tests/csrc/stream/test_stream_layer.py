@@ -32,9 +32,13 @@ def stream() -> Iterator[Stream]:
     stream.close()
 
 
-@pytest.fixture
-def context() -> _ext.StreamContext:
-    return _ext.StreamContext(fake_cuda.library()._name)
+@pytest.fixture(params=["host functions", "flags"])
+def context(request: pytest.FixtureRequest) -> _ext.StreamContext:
+    """Both ways that captured calls are started and ended."""
+    made = _ext.StreamContext(fake_cuda.library()._name)
+    if request.param == "flags":
+        made.use_flags(fake_cuda.library()._name)
+    return made
 
 
 def inputs(
