@@ -38,4 +38,8 @@ struct CudaRuntime {
 // path. Throws std::runtime_error if it is not loaded or lacks a call.
 CudaRuntime find_cuda_runtime(const std::string& library);
 
+// Without a device: memory is this process's, and what a stream is given happens at once. It has
+// the calls that Staging makes and no others.
+CudaRuntime direct_runtime();
+
 }  // namespace kt
