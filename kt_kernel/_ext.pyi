@@ -340,3 +340,38 @@ class StreamLayer:
             ValueError: a null address.
             RuntimeError: what CUDA refuses, or no submit before it.
         """
+
+class Staging:
+    """Copies to a device out of memory that it cannot read by itself, through pinned buffers.
+
+    Threads of its own fill the buffers, and end with it. The copies of one are on one stream, or on
+    another once the one before is empty.
+
+    Args:
+        context: of the CUDA runtime; None to copy within this process, at once.
+        cpus: ids of those that the threads may run on, at least one.
+        threads: how many, 1 to 64.
+        buffers: how many, 1 to 1024, which stay until the process ends.
+        buffer_bytes: of each, 1 to 1 GiB.
+    """
+
+    def __init__(
+        self,
+        context: StreamContext | None,
+        cpus: list[int],
+        threads: int,
+        buffers: int,
+        buffer_bytes: int,
+    ) -> None: ...
+    def copy(self, memory: NDArray[np.uint8], to: int, stream: int) -> None:
+        """Put a copy on a stream; releases the GIL, and waits only without a context.
+
+        Args:
+            memory: which must stay as it is until the stream is through with it.
+            to: address on the device of as many bytes.
+            stream: CUDA's handle.
+
+        Raises:
+            ValueError: gaps in the memory, or a null address.
+            RuntimeError: what CUDA refuses; what is there of the copy is then of no use.
+        """

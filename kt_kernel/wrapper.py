@@ -208,12 +208,13 @@ class KTMoEWrapper:
             UserError: no file, or one of another layer, model or method, or a damaged one.
         """
         path = self._weights.load(self.weight_path, physical_to_logical_map_cpu)
-        if packed.is_last_layer(path):
+        last = packed.is_last_layer(path)
+        if last:
             # No layer comes after it to whose output its experts could be added. SGLang 0.5.16 does
             # not find out how many layers there are, and asks the last one to defer, too.
             self._calls.num_deferred = 0
         prepare()
-        self._calls.on_card = on_card(self._weights, self.without_deferral().forward)
+        self._calls.on_card = on_card(self._weights, self.without_deferral().forward, last)
 
     def load_weights_from_tensors(
         self,

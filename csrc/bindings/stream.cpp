@@ -1,5 +1,8 @@
+#include <pybind11/stl.h>
+
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
+#include "stream/staging.h"
 #include "stream/stream_layer.h"
 
 namespace py = pybind11;
@@ -77,6 +80,27 @@ void bind_stream(py::module_& module) {
             layer.sync(reinterpret_cast<CudaStream>(stream), to);
           },
           py::arg("stream"), py::arg("out"));
+
+  py::class_<Staging>(module, "Staging")
+      .def(py::init([](const std::shared_ptr<StreamContext>& context, const std::vector<int>& cpus,
+                       int threads, int buffers, size_t buffer_bytes) {
+             return std::make_unique<Staging>(context ? context->runtime : direct_runtime(),
+                                              Staging::Sizes{threads, buffers, buffer_bytes}, cpus);
+           }),
+           py::arg("context"), py::arg("cpus"), py::arg("threads"), py::arg("buffers"),
+           py::arg("buffer_bytes"))
+      .def(
+          "copy",
+          [](Staging& staging, const py::array_t<uint8_t>& memory, uintptr_t to, uintptr_t stream) {
+            if (!(memory.flags() & py::array::c_style)) fail_argument("memory has gaps");
+            auto* const target =
+                static_cast<uint8_t*>(const_cast<void*>(checked_address(to, "to")));
+            const uint8_t* const from = memory.data();
+            const auto bytes = static_cast<size_t>(memory.nbytes());
+            const WithoutGil released;
+            staging.copy(from, target, bytes, reinterpret_cast<CudaStream>(stream));
+          },
+          py::arg("memory").noconvert(), py::arg("to"), py::arg("stream"));
 }
 
 }  // namespace kt

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "base/error.h"
@@ -32,7 +34,7 @@ LoadedLibrary::LoadedLibrary(std::string what, std::string name)
 }
 
 void* LoadedLibrary::find(const char* name) const {
-  void* const found = dlsym(handle_, name);
+  void* const found = handle_ == nullptr ? nullptr : dlsym(handle_, name);
   if (found == nullptr) fail_runtime("the ", what_, " ", name_, " has no ", name);
   return found;
 }
@@ -51,6 +53,26 @@ CudaRuntime::CudaRuntime(const LoadedLibrary& loaded) : library(loaded) {
 
 CudaRuntime find_cuda_runtime(const std::string& library) {
   return CudaRuntime(LoadedLibrary("CUDA runtime", library));
+}
+
+CudaRuntime direct_runtime() {
+  constexpr size_t kPage = 4096;
+  CudaRuntime runtime{};
+  runtime.memcpy_async = [](void* to, const void* from, size_t bytes, int, CudaStream) {
+    std::memcpy(to, from, bytes);
+    return 0;
+  };
+  runtime.launch_host_func = [](CudaStream, void (*function)(void*), void* data) {
+    function(data);
+    return 0;
+  };
+  runtime.host_alloc = [](void** memory, size_t bytes, unsigned) {
+    *memory = std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage);
+    return *memory == nullptr ? 1 : 0;
+  };
+  runtime.error_string = [](CudaError) { return "out of memory"; };
+  runtime.last_error = [] { return 0; };
+  return runtime;
 }
 
 }  // namespace kt

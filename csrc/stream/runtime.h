@@ -19,6 +19,7 @@ constexpr CudaError kAlreadyRegistered = 712;
 // A library that this process has loaded already, and that stays.
 class LoadedLibrary {
  public:
+  LoadedLibrary() = default;  // none, in which nothing is found
   // `what` it is, and its file name or path. Throws std::runtime_error if it is not loaded.
   LoadedLibrary(std::string what, std::string name);
 
@@ -33,10 +34,11 @@ class LoadedLibrary {
   void* find(const char* name) const;
 
   std::string what_, name_;
-  void* handle_;
+  void* handle_ = nullptr;
 };
 
 struct CudaRuntime {
+  CudaRuntime() = default;
   explicit CudaRuntime(const LoadedLibrary& loaded);
 
   LoadedLibrary library;
@@ -77,5 +79,9 @@ class RelaxedCapture {
 // The runtime in a library that this process has loaded already; `library` is its file name or
 // path. Throws std::runtime_error if it is not loaded or lacks a call.
 CudaRuntime find_cuda_runtime(const std::string& library);
+
+// Without a device: memory is this process's, and what a stream is given happens at once. It has
+// the calls that Staging makes and no others.
+CudaRuntime direct_runtime();
 
 }  // namespace kt

@@ -1,13 +1,13 @@
 #include "threads/pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <numeric>
 #include <string>
 #include <system_error>
 
 #include "base/error.h"
+#include "threads/affinity.h"
 
 namespace kt {
 namespace {
@@ -16,21 +16,7 @@ namespace {
 // idle server.
 constexpr int kSpins = 1000;
 
-constexpr int kLargestCpu = 1 << 20;  // far above what Linux numbers
-
 inline void pause() { __builtin_ia32_pause(); }
-
-// A refusal (a cpuset that changed meanwhile, no memory) costs placement, not results.
-void pin(std::thread& thread, int cpu) {
-  const int capacity = cpu + 1 > 1024 ? cpu + 1 : 1024;
-  cpu_set_t* set = CPU_ALLOC(capacity);
-  if (!set) return;
-  const size_t bytes = CPU_ALLOC_SIZE(capacity);
-  CPU_ZERO_S(bytes, set);
-  CPU_SET_S(cpu, bytes, set);
-  pthread_setaffinity_np(thread.native_handle(), bytes, set);
-  CPU_FREE(set);
-}
 
 int count(const std::vector<std::vector<int>>& cpus) {
   return std::accumulate(cpus.begin(), cpus.end(), 0, [](int sum, const std::vector<int>& group) {
@@ -53,8 +39,7 @@ WorkerPool::WorkerPool(std::vector<std::vector<int>> cpus)
   if (cpus_.empty()) fail_argument("a worker pool needs at least one CPU");
   for (const std::vector<int>& group : cpus_) {
     if (group.empty()) fail_argument("a group of workers needs at least one CPU");
-    for (int cpu : group)
-      if (cpu < 0 || cpu > kLargestCpu) fail_argument("CPU ", cpu, ": expected 0 to ", kLargestCpu);
+    for (int cpu : group) check_cpu(cpu);
     group_barriers_.emplace_back(static_cast<int>(group.size()));
   }
   threads_.reserve(static_cast<size_t>(count(cpus_)));
@@ -71,7 +56,7 @@ WorkerPool::WorkerPool(std::vector<std::vector<int>> cpus)
       }
       const std::string name = concat("kt-worker-", worker.index);
       pthread_setname_np(threads_.back().native_handle(), name.c_str());
-      pin(threads_.back(), group[static_cast<size_t>(worker.rank)]);
+      pin(threads_.back(), {group[static_cast<size_t>(worker.rank)]});
     }
     ++worker.group;
   }

@@ -129,6 +129,31 @@ def check_locked_memory(situation: Situation) -> Iterator[Finding]:
     )
 
 
+@check("pinned-memory")
+def check_pinned_memory(situation: Situation) -> Iterator[Finding]:
+    """CUDA registers the experts' memory, so that prompts' experts reach the card at full speed.
+
+    Its driver for Linux asks the kernel for the pages by itself and looks at no limit of locked
+    memory (``os_lock_user_pages`` of the open kernel modules). WSL has no such driver, and NVIDIA
+    lists limited pinned memory among its known limitations.
+    """
+    values = situation.values
+    in_use = values["KT_DEVICE"] == "cuda" and situation.machine.gpu is not None
+    if not in_use or values["KT_GPU_PREFILL_TOKEN_THRESHOLD"] is None:
+        return
+    release = host_limits.kernel_release(situation.root)
+    in_wsl = host_limits.is_wsl(release)
+    yield warn_unless(
+        not in_wsl,
+        "that CUDA registers the experts' memory, for those of prompts that stream to the GPU",
+        f"WSL (kernel {release}), which lets CUDA pin little memory"
+        if in_wsl
+        else "Linux, whose driver does so at any limit of locked memory",
+        "they go through staging buffers then, several times slower, so prompts take longer; "
+        "on a Linux without WSL they do not",
+    )
+
+
 @check("huge-pages")
 def check_huge_pages(situation: Situation) -> Iterator[Finding]:
     """The kernel may back the weights with huge pages, for which the program asks."""

@@ -21,6 +21,7 @@ from deploy.launch.gpu_memory import V32_CONFIG, GpuSizes
 from kt_kernel.errors import UserError
 from kt_kernel.files.foreign import Fields, read_fields
 from kt_kernel.files.safetensors_header import LARGEST_HEADER
+from kt_kernel.gpu_prefill.memory import staging_bytes
 from kt_kernel.packed import KT_METHODS, METHODS, PackedLayout
 
 #: What has V3.2's sizes, before any of it is there.
@@ -87,6 +88,8 @@ class Needs:
         in_cpu_mode = values["KT_DEVICE"] == "cpu"
         needed: float = self.weights(values) * (1 if in_cpu_mode else share)
         needed += self.scratch_per_token * values["KT_CHUNKED_PREFILL_SIZE"] + SERVER_BYTES
+        if not in_cpu_mode and values["KT_GPU_PREFILL_TOKEN_THRESHOLD"] is not None:
+            needed += staging_bytes(values["KT_THREADPOOL_COUNT"])
         if in_cpu_mode:  # everything is here, and FP8 becomes bf16
             needed += 2 * self.resident + self.kv_per_token * (values["KT_MAX_TOTAL_TOKENS"] or 0)
         return needed

@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from kt_kernel.gpu_prefill.costs import Costs
 from kt_kernel.gpu_prefill.expert_math import ExpertMatrices, SliceInSlot
 from kt_kernel.gpu_prefill.memory import ROWS, SLOTS
 from kt_kernel.gpu_prefill.ring import Ring, Sent
+from kt_kernel.gpu_prefill.staging import StagedRows, StagingBuffers
 from kt_kernel.gpu_prefill.streams import Stream
 
 _ALIGN = 256  # bytes; of a slice in a slot
@@ -45,10 +46,12 @@ class PackedLayer:
 
     Args:
         layer_idx: decoder layer; calls follow each other in its order.
-        slices: for each NUMA node's slice, uint8 [E, bytes of a slot], readable by the card.
+        slices: for each NUMA node's slice, uint8 [E, bytes of a slot].
         where: the slices in a slot of the ring.
         held: bool [E], experts whose weights are there.
         tables: int8 [256, 16] on the card, or None for int8.
+        staged: by number of a slice, rows of it that go through staging buffers; the card reads
+            the others by itself.
     """
 
     layer_idx: int
@@ -56,6 +59,7 @@ class PackedLayer:
     where: tuple[SliceInSlot, ...]
     held: NDArray[np.bool_]
     tables: torch.Tensor | None
+    staged: Mapping[int, StagedRows] = field(default_factory=dict)
 
     @property
     def slot_bytes(self) -> int:
@@ -65,9 +69,13 @@ class PackedLayer:
     def copy(self, expert: int, slot: torch.Tensor) -> None:
         """Start the copy of an expert into a slot."""
         at = 0
-        for part in self.slices:
+        for number, part in enumerate(self.slices):
             size = part.shape[1]
-            slot[at : at + size].copy_(part[expert], non_blocking=True)
+            target, staged = slot[at : at + size], self.staged.get(number)
+            if staged is not None and staged.rows[expert]:
+                staged.copy(part[expert], target)
+            else:
+                target.copy_(part[expert], non_blocking=True)
             at += _aligned(size)
 
 
@@ -151,6 +159,7 @@ class CardExperts:
         copies, products, results: streams of the device: of experts to it, of what is computed
             there, and of the CPUs' part of an output.
         costs: first figures.
+        staging: for what is sent out of memory that the card cannot read.
         slots, rows: as in ``memory``.
     """
 
@@ -164,12 +173,14 @@ class CardExperts:
         products: Stream,
         results: Stream,
         costs: Costs,
+        staging: StagingBuffers,
         slots: int = SLOTS,
         rows: int = ROWS,
     ) -> None:
         self.shape, self.device, self.dtype, self.costs = shape, device, dtype, costs
+        self.staging = staging
         self.totals = CardTotals()
-        self._copies, self._products, self._results = copies, products, results
+        self.copies, self._products, self._results = copies, products, results
         self._ring = Ring(slots, slot_bytes, device, copies, products)
         self._layers: dict[int, PackedLayer] = {}
         self._last: dict[int, NDArray[np.int64]] = {}  # tokens of each expert in the last call
@@ -237,7 +248,7 @@ class CardExperts:
                 self._prefetch(layer_idx, len(experts))
             except BaseException:
                 # Nothing may still write to a slot that is filled again, or read it.
-                self._copies.finish()
+                self.copies.finish()
                 self._products.finish()
                 self._ring.clear()
                 raise
@@ -290,7 +301,7 @@ class CardExperts:
         there = ring.on_the_way(layer.layer_idx)
         waiting = deque(e for e in experts if e not in there)
         count = len(waiting)
-        begin = self._copies.mark(timed=True)
+        begin = self.copies.mark(timed=True)
 
         def wants(sent: Sent) -> bool:
             return sent.layer_idx == layer.layer_idx and sent.expert in wanted

@@ -1,4 +1,4 @@
-"""What the card's part of prompts takes of its memory; the sizes that decide it."""
+"""What the card's part of prompts takes of memory; the sizes that decide it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ SLOTS = 16
 #: Tokens of an expert that are multiplied at once; more come in pieces.
 ROWS = 2048
 
+#: Of each slice whose memory CUDA does not register: pinned buffers, and threads that fill them.
+STAGING_BUFFERS, STAGING_BUFFER_BYTES = 6, 4 << 20
+STAGING_THREADS = 2
+
 _BF16, _FP32 = 2, 4
+
+
+def staging_bytes(slices: int) -> int:
+    """Bytes of main memory for the staging buffers of so many slices."""
+    return slices * STAGING_BUFFERS * STAGING_BUFFER_BYTES
 
 
 def card_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from kt_kernel import _ext, packed
 from kt_kernel.errors import UserError
-from kt_kernel.files.units import gigabytes
 from kt_kernel.gpu_prefill.card import CardExperts, ExpertShape, PackedLayer, packed_layer
 from kt_kernel.gpu_prefill.costs import Costs
 from kt_kernel.gpu_prefill.layer import LayerOnCard
+from kt_kernel.gpu_prefill.staging import Registration, StagingBuffers, registering
 from kt_kernel.gpu_prefill.streams import CudaStream, DirectStream, Stream
 from kt_kernel.layer_weights import LayerWeights
 from kt_kernel.stream import stream_context
@@ -55,40 +56,30 @@ def threshold() -> int | None:
     raise UserError(f"{THRESHOLD_VARIABLE} is {text!r}: expected a number of tokens, auto or none")
 
 
-def register(layer: PackedLayer, context: _ext.StreamContext) -> float:
-    """Let the card read a layer's memory by itself; the seconds that took.
+@functools.cache
+def registration(device: torch.device, _process: int) -> Registration:
+    """What has become of the memory of this process's layers."""
+    return Registration(registering(_context(device)))
 
-    What CUDA refuses to register stays as it is, with a warning: the driver then copies it through
-    a buffer of its own, some six times slower. Memory stays registered, as ``CardExperts`` keeps
-    its layers, until the process ends.
-    """
-    started = time.monotonic()
-    held = np.flatnonzero(layer.held)
-    # Runs of experts: between them is address space without memory, which stays so.
-    for run in np.split(held, np.flatnonzero(np.diff(held) > 1) + 1):
-        for part in layer.slices:
-            rows = part[int(run[0]) : int(run[-1]) + 1]
-            try:
-                context.register_memory(rows.numpy())
-            except RuntimeError as error:
-                logger.warning(
-                    "kt_kernel: %s of layer %d's experts go to the card some six times slower, and "
-                    "prompts take longer: %s; raise the limit of locked memory (ulimit -l)",
-                    gigabytes(rows.numel()),
-                    layer.layer_idx,
-                    error,
-                )
-    return time.monotonic() - started
+
+def _context(device: torch.device) -> _ext.StreamContext | None:
+    return stream_context() if device.type == "cuda" else None
 
 
 @functools.cache
 def card_experts(
-    shape: ExpertShape, slot_bytes: int, device: torch.device, dtype: torch.dtype, _process: int
+    shape: ExpertShape,
+    slot_bytes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    engine: _ext.Engine,
+    _process: int,
 ) -> CardExperts:
     """What all layers of this shape share on a device; its costs are still to be measured."""
-    copies, products, results = _streams(device)
+    streams = _streams(device)
     guess = Costs(card=1e-3, expert=1e-3, token=1e-4)
-    return CardExperts(shape, slot_bytes, device, dtype, copies, products, results, guess)
+    staging = StagingBuffers(_context(device), engine.cpus)
+    return CardExperts(shape, slot_bytes, device, dtype, *streams, guess, staging)
 
 
 def _streams(device: torch.device) -> tuple[Stream, Stream, Stream]:
@@ -107,11 +98,11 @@ def _card() -> tuple[torch.device, torch.dtype] | None:
     return torch.device("cuda", torch.cuda.current_device()), torch.bfloat16
 
 
-def measure_card(layer: PackedLayer, device: torch.device) -> float:
+def measure_card(layer: PackedLayer, card: CardExperts) -> float:
     """Seconds of an expert's copy, of a few that follow each other."""
     held = np.flatnonzero(layer.held)[:_MEASURED_COPIES].tolist()
-    slot = torch.empty(layer.slot_bytes, dtype=torch.uint8, device=device)
-    copies = _streams(device)[0]
+    slot = torch.empty(layer.slot_bytes, dtype=torch.uint8, device=card.device)
+    copies = card.copies
     copies.run(lambda: layer.copy(held[0], slot))
     copies.finish()
     started = time.monotonic()
@@ -142,14 +133,15 @@ def measure_cpu(
     return max(seconds[1] - few * token, 0.05 * seconds[1]) / len(experts), token
 
 
-def on_card(weights: LayerWeights, cpu_call: CpuCall) -> LayerOnCard | None:
+def on_card(weights: LayerWeights, cpu_call: CpuCall, last: bool) -> LayerOnCard | None:
     """What divides the calls of a loaded layer; None where prompts stay with the CPUs.
 
-    The first layer measures what experts cost.
+    The first layer measures what experts cost, and the last one says how they go to the card.
 
     Args:
         weights: the layer's.
         cpu_call: a call of it on tensors of the CPU.
+        last: no other layer comes after it.
 
     Raises:
         UserError: the environment's threshold is no number.
@@ -164,27 +156,27 @@ def on_card(weights: LayerWeights, cpu_call: CpuCall) -> LayerOnCard | None:
     layout = weights.layout
     block_k = packed.METHODS[layout.method].block_k
     shape = ExpertShape(layout.num_experts, layout.hidden_size, layout.intermediate_size, block_k)
-    seconds = 0.0
+    card = card_experts(shape, layer.slot_bytes, device, dtype, weights.engine, os.getpid())
+    registered = registration(device, os.getpid())
+    staged = registered.add(layer.slices, held, card.staging)
+    layer = dataclasses.replace(layer, staged=staged)
     if device.type == "cuda":
-        seconds = register(layer, stream_context())
         stream_context().pin_outputs(weights.engine)
-    card = card_experts(shape, layer.slot_bytes, device, dtype, os.getpid())
-    if card.costs.measured:
-        logger.debug("kt_kernel: layer %d registered in %.1f s", layer.layer_idx, seconds)
-    else:
-        copy = measure_card(layer, device)
+    if not card.costs.measured:
+        copy = measure_card(layer, card)
         expert, token = measure_cpu(cpu_call, layout.hidden_size, weights.top_k, held)
         card.costs = Costs(copy, expert, token, measured=True)
         logger.info(
             "kt_kernel: prompts of %d tokens or more use the card, too: an expert takes %.2f ms on "
-            "the bus (%.1f GB/s), %.2f ms and %.4f ms for each token on the CPUs; memory of layer "
-            "%d registered in %.1f s",
+            "the bus (%.1f GB/s%s), %.2f ms and %.4f ms for each token on the CPUs",
             least_tokens,
             1e3 * copy,
             layer.slot_bytes / copy / 1e9,
+            " through staging buffers" if staged else "",
             1e3 * expert,
             1e3 * token,
-            layer.layer_idx,
-            seconds,
         )
+    if last:
+        level = logging.WARNING if registered.refusal else logging.INFO
+        logger.log(level, "kt_kernel: %s", registered.summary(card.staging))
     return LayerOnCard(card, layer, weights, least_tokens)

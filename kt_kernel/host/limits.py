@@ -98,3 +98,13 @@ def locked_memory_limit() -> int | None:
     """Bytes that this process may lock in memory, None if unlimited."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def kernel_release(root: Path = Path("/")) -> str:
+    """The kernel's release, as in ``6.8.0-45-generic``; empty if unknown."""
+    return text_of(root / "proc/sys/kernel/osrelease")
+
+
+def is_wsl(release: str) -> bool:
+    """Whether a kernel of this release is that of the Windows Subsystem for Linux."""
+    return "microsoft" in release.lower()

@@ -93,6 +93,7 @@ def cases(stream_library: str) -> dict[str, Calls]:
     good = call_inputs()
     context = _ext.StreamContext(stream_library)
     on_stream = _ext.StreamLayer(context, layer, 0)
+    staging = _ext.Staging(None, [CPU], 1, 1, 64)
     fp8 = np.ones((256, 64), np.uint8)
     submit_stream = {
         "stream": 1,
@@ -292,6 +293,26 @@ def cases(stream_library: str) -> dict[str, Calls]:
             lambda: on_stream.sync(None, 64),
             lambda: on_stream.sync(1, -1),
         ],
+        "Staging": with_each(
+            _ext.Staging,
+            {"context": None, "cpus": [CPU], "threads": 1, "buffers": 1, "buffer_bytes": 64},
+            {
+                "context": [layer, 0],
+                "cpus": [[], [-1], [2**31 - 1], [2**40], None, [""]],
+                "threads": [0, -1, 65, 2**31, 0.5, None],
+                "buffers": [0, -1, 1025, 2**31, 0.5, None],
+                "buffer_bytes": [0, -1, 2**30 + 1, 2**64, 0.5, None],
+            },
+        ),
+        "Staging.copy": with_each(
+            staging.copy,
+            {"memory": np.ones(8, np.uint8), "to": good["x"].ctypes.data, "stream": 0},
+            {
+                "memory": [gaps(np.ones(8, np.uint8)), np.ones(8, np.int64), None, 0, "x"],
+                "to": [0, -1, 2**64, None],
+                "stream": [-1, 2**64, None],
+            },
+        ),
     }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from kt_kernel import _ext
+from kt_kernel.host.cpus import allowed_cpus
 from kt_kernel.stream import stream_context
 from tests.layers import RandomLayer, random_batch
 from tests.shapes import LAYERS
@@ -62,3 +65,17 @@ def test_graph_replays(
         torch.cuda.synchronize()
         want = second.forward(first.forward(*new, 0), *new[1:], 0)
         assert torch.equal(found.cpu(), want)
+
+
+def test_staging_buffers_bring_the_same_bytes() -> None:
+    """Out of memory that CUDA knows nothing of, with more pieces than buffers."""
+    torch.cuda.init()
+    cpus = [cpu.id for cpu in allowed_cpus()]
+    staging, stream = _ext.Staging(stream_context(), cpus, 2, 3, 1 << 20), torch.cuda.Stream()
+    target = torch.zeros((7 << 20) + 3, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    for seed in range(5):
+        source = np.random.default_rng(seed).integers(0, 256, len(target), np.uint8)
+        staging.copy(source, target.data_ptr(), stream.cuda_stream)
+        stream.synchronize()
+        assert torch.equal(target.cpu(), torch.from_numpy(source))

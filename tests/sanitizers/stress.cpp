@@ -18,6 +18,7 @@
 
 #include "base/error.h"
 #include "moe/layer.h"
+#include "stream/staging.h"
 #include "stream/stream_layer.h"
 #include "targets/dispatch.h"
 
@@ -108,6 +109,29 @@ std::vector<int> first_cpus(size_t count) {
   for (int id = 0; id < CPU_SETSIZE && cpus.size() < count; ++id)
     if (CPU_ISSET(id, &set)) cpus.push_back(id);
   return cpus;
+}
+
+// Copies through staging buffers, more threads than buffers; the last of them have nobody left.
+void stage(const std::string& library, int calls) {
+  constexpr size_t kBytes = 1000;
+  const kt::CudaRuntime runtime = kt::find_cuda_runtime(library);
+  auto staging =
+      std::make_unique<kt::Staging>(runtime, kt::Staging::Sizes{3, 2, kBytes}, first_cpus(2));
+  void* const stream = fake_stream();
+  std::vector<uint8_t> source(7 * kBytes + 1);
+  for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 7);
+  std::vector<uint8_t*> targets;
+  for (int i = 0; i < 4; ++i) targets.push_back(to_device(std::vector<uint8_t>(source.size())));
+  for (int n = 0; n < calls / 10; ++n)
+    staging->copy(source.data(), targets[static_cast<size_t>(n) % targets.size()], source.size(),
+                  stream);
+  fake_synchronize(stream);
+  for (const uint8_t* target : targets)
+    expect(std::memcmp(target, source.data(), source.size()) == 0, "staged copies");
+  for (uint8_t* target : targets) staging->copy(source.data(), target, source.size(), stream);
+  staging.reset();
+  fake_synchronize(stream);
+  fake_destroy(stream);
 }
 
 void run(const std::string& library, int calls) {
@@ -217,6 +241,7 @@ int main(int argc, char** argv) {
   if (code != std::errc() || end != number.end() || calls < 1) return 2;
   try {
     run(argv[1], calls);
+    stage(argv[1], calls);
   } catch (const std::exception& error) {
     std::printf("failed: %s\n", error.what());
     return 1;

@@ -18,8 +18,13 @@ MOE_ENDS = (2, 4)
 #: experts' own weights and of packed weights, and a scaling factor on only one of the two changes
 #: the tokens.
 CONFIGURATIONS = [("int4", 0), ("int8", 1), ("int4", 4)]
-#: The last one's prompts are divided with a card, for which the CPU stands in.
-DIVIDED = {"_KT_GPU_PREFILL_STAND_IN": "float32", "KT_GPU_PREFILL_TOKEN_THRESHOLD": "32"}
+#: The last one's prompts are divided with a card, for which the CPU stands in; to it experts go
+#: through staging buffers.
+DIVIDED = {
+    "_KT_GPU_PREFILL_STAND_IN": "float32",
+    "KT_GPU_PREFILL_TOKEN_THRESHOLD": "32",
+    "_KT_GPU_PREFILL_STAGING": "1",
+}
 
 pytestmark = pytest.mark.serve
 
@@ -44,6 +49,7 @@ def test_greedy_tokens_are_equal(
     # The first and the last MoE layer were tested before the first request.
     for layer_idx in MOE_ENDS:
         assert f"self-test of layer {layer_idx}: " in server.log.read_text()
+    assert server.log.read_text().count("go to the card through staging buffers") == bool(divided)
     pairs = routed_pairs(server)
     assert [pairs[where] > 0 for where in Pairs._fields] == [resident > 0, bool(divided), True]
     server.stop()

@@ -13,8 +13,10 @@ import pytest
 from deploy.checks import machine as checks_machine
 from deploy.checks.result import Status
 from deploy.hub.marker import Marker, RepoFile
+from kt_kernel.gpu_prefill.memory import staging_bytes
+from kt_kernel.host.machine import Machine
 from tests.deploy.checks.situations import one, situation, tiny
-from tests.deploy.helpers import LAPTOP, Prepared, without_home
+from tests.deploy.helpers import L20, LAPTOP, Prepared, with_gpu, without_home
 from tests.kt_kernel.host.fake_machine import GIB, host, write
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -102,6 +104,55 @@ def test_locked_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kt_kernel.host.limits.locked_memory_limit", lambda: None)
     result = one(checks_machine.check_locked_memory, tmp_path, **several)
     assert (result.status, result.found) == (Status.PASS, "no limit")
+
+
+def kernel(root: Path, release: str) -> Path:
+    write(root, {"proc/sys/kernel/osrelease": f"{release}\n"})
+    return root
+
+
+def test_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only WSL keeps CUDA from registering the experts; the limit of locked memory does not."""
+    monkeypatch.setattr("kt_kernel.host.limits.locked_memory_limit", lambda: 8 << 20)
+    check = checks_machine.check_pinned_memory
+    result = one(check, kernel(tmp_path, "6.8.0-45-generic"))
+    assert (result.status, result.found) == (
+        Status.PASS,
+        "Linux, whose driver does so at any limit of locked memory",
+    )
+    result = one(check, kernel(tmp_path, "5.15.167.4-microsoft-standard-WSL2"))
+    assert result.status is Status.WARN
+    assert "WSL (kernel 5.15.167.4-microsoft-standard-WSL2)" in result.found
+    assert "through staging buffers" in result.todo
+    assert one(check, kernel(tmp_path, "4.4.0-19041-Microsoft")).status is Status.WARN
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings"),
+    [
+        (LAPTOP, {}),
+        (with_gpu(L20), {"KT_DEVICE": "cpu"}),
+        (with_gpu(L20), {"KT_GPU_PREFILL_TOKEN_THRESHOLD": "none"}),
+    ],
+    ids=["no card", "CPU mode", "prompts on the CPUs"],
+)
+def test_pinned_memory_where_nothing_streams(
+    tmp_path: Path, machine: Machine, settings: dict[str, str]
+) -> None:
+    root = kernel(tmp_path, "5.15.167.4-microsoft-standard-WSL2")
+    found = checks_machine.check_pinned_memory(situation(root, machine, **settings))
+    assert list(found) == []
+
+
+def test_staging_buffers_count_as_memory(tmp_path: Path) -> None:
+    with_buffers, without = (
+        made.needs.memory(made.values)
+        for made in (
+            situation(tmp_path),
+            situation(tmp_path, KT_GPU_PREFILL_TOKEN_THRESHOLD="none"),
+        )
+    )
+    assert with_buffers - without == staging_bytes(2)
 
 
 def test_huge_pages(tmp_path: Path, prepared: Prepared) -> None:

@@ -20,7 +20,9 @@ from kt_kernel.gpu_prefill.card import (
     route,
 )
 from kt_kernel.gpu_prefill.costs import Costs
+from kt_kernel.gpu_prefill.staging import StagedRows, StagingBuffers
 from kt_kernel.gpu_prefill.streams import DirectStream, Stream
+from kt_kernel.host.cpus import allowed_cpus
 from tests import reference
 from tests.kt_kernel.gpu_prefill.thread_stream import ThreadStream
 from tests.layers import random_batch, shared_layer
@@ -63,7 +65,9 @@ def card(streams: Streams, slots: int = 3) -> CardExperts:
     cpu = torch.device("cpu")
     costs = Costs(1e-6, 1.0, 1.0)
     first = layer(0)
-    made = CardExperts(shape, first.slot_bytes, cpu, torch.float32, *streams, costs, slots, rows=8)
+    staging = StagingBuffers(None, [[allowed_cpus()[0].id]])
+    sizes = first.slot_bytes, cpu, torch.float32
+    made = CardExperts(shape, *sizes, *streams, costs, staging, slots, rows=8)
     for added in (first, layer(1), layer(2)):
         made.add(added)
     return made
@@ -117,6 +121,26 @@ def test_late_streams_and_direct_ones_give_the_same_bits(streams: Streams) -> No
         for made in (late, direct):
             torch.manual_seed(0)  # the CPUs' part
             found.append(Call(layer_idx).on(made, layer_idx))
+        assert torch.equal(*found)
+
+
+def test_staging_buffers_change_no_bit(streams: Streams) -> None:
+    """Of the first slice every other expert, of the second all: rows of both kinds in a layer."""
+    late, direct = card(streams), card(direct_streams())
+    every = np.ones(12, bool)
+    for layer_idx in range(3):
+        other = np.arange(12) % 2 == layer_idx % 2
+        rows = {0: other, 1: every}
+        made = {
+            number: StagedRows(rows[number], _ext.Staging(None, [allowed_cpus()[0].id], 2, 2, 1000))
+            for number in rows
+        }
+        late.add(replace(layer(layer_idx), staged=made))
+    for layer_idx in (0, 1, 2, 0):
+        found = []
+        for made_card in (late, direct):
+            torch.manual_seed(0)  # the CPUs' part
+            found.append(Call(layer_idx).on(made_card, layer_idx))
         assert torch.equal(*found)
 
 

@@ -1,0 +1,136 @@
+#include "stream/staging.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <system_error>
+
+#include "base/error.h"
+#include "threads/affinity.h"
+
+namespace kt {
+
+Staging::Staging(const CudaRuntime& runtime, const Sizes& sizes, const std::vector<int>& cpus)
+    : runtime_(runtime), buffer_bytes_(sizes.buffer_bytes) {
+  if (cpus.empty()) fail_argument("staging buffers need at least one CPU");
+  for (const int cpu : cpus) check_cpu(cpu);
+  if (sizes.threads < 1 || sizes.threads > kMostThreads)
+    fail_argument("threads is ", sizes.threads, ": expected 1 to ", kMostThreads);
+  if (sizes.buffers < 1 || sizes.buffers > kMostBuffers)
+    fail_argument("buffers is ", sizes.buffers, ": expected 1 to ", kMostBuffers);
+  if (buffer_bytes_ < 1 || buffer_bytes_ > kMostBytes)
+    fail_argument("buffer_bytes is ", buffer_bytes_, ": expected 1 to ", kMostBytes);
+  void* memory = nullptr;
+  runtime_.check(
+      runtime_.host_alloc(&memory, static_cast<size_t>(sizes.buffers) * buffer_bytes_, 0),
+      "cudaHostAlloc");
+  for (int i = 0; i < sizes.buffers; ++i)
+    shared_->buffers.push_back(
+        {static_cast<uint8_t*>(memory) + static_cast<size_t>(i) * buffer_bytes_, i});
+  threads_.reserve(static_cast<size_t>(sizes.threads));
+  for (int i = 0; i < sizes.threads; ++i) {
+    try {
+      threads_.emplace_back([shared = shared_] { fill(*shared); });
+    } catch (const std::system_error& error) {
+      stop();
+      fail_runtime("cannot start a thread that copies experts: ", error.what(),
+                   "; raise the limit on processes");
+    }
+    pthread_setname_np(threads_.back().native_handle(), concat("kt-copy-", i).c_str());
+    pin(threads_.back(), cpus);
+  }
+}
+
+Staging::~Staging() { stop(); }
+
+void Staging::stop() {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->stopping = true;
+  }
+  shared_->changed.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void Staging::Shared::give_back(int64_t piece) {
+  buffer(piece).turn = piece + static_cast<int64_t>(buffers.size());
+}
+
+// A thread takes the pieces in their order, and fills each when it is its turn in its buffer.
+void Staging::fill(Shared& shared) {
+  std::unique_lock lock(shared.mutex);
+  while (true) {
+    shared.changed.wait(lock, [&] { return shared.stopping || !shared.waiting.empty(); });
+    if (shared.stopping) return;
+    const Piece piece = shared.waiting.front();
+    shared.waiting.pop_front();
+    Buffer& buffer = shared.buffer(piece.number);
+    shared.changed.wait(lock, [&] { return shared.stopping || buffer.turn == piece.number; });
+    if (shared.stopping) return;
+    lock.unlock();
+    std::memcpy(buffer.memory, piece.from, piece.bytes);
+    lock.lock();
+    buffer.filled = piece.number;
+    if (shared.given_up.erase(piece.number) != 0) shared.give_back(piece.number);
+    shared.changed.notify_all();
+  }
+}
+
+// A host function: the device has fetched the piece before, and fetches this one next.
+void Staging::arrive(void* data) {
+  const std::unique_ptr<Arrival> arrival(static_cast<Arrival*>(data));
+  Shared& shared = *arrival->shared;
+  std::unique_lock lock(shared.mutex);
+  if (arrival->before != kNone) {
+    shared.give_back(arrival->before);
+    shared.changed.notify_all();
+  }
+  const Buffer& buffer = shared.buffer(arrival->piece);
+  shared.changed.wait(lock, [&] { return shared.stopping || buffer.filled >= arrival->piece; });
+}
+
+int64_t Staging::add(const uint8_t* from, size_t bytes) {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->waiting.push_back({next_, from, bytes});
+  }
+  shared_->changed.notify_all();
+  return next_++;
+}
+
+void Staging::give_up(int64_t piece) {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    if (shared_->buffer(piece).filled == piece)
+      shared_->give_back(piece);
+    else
+      shared_->given_up.insert(piece);  // once it is there
+  }
+  shared_->changed.notify_all();
+}
+
+void Staging::copy(const uint8_t* from, uint8_t* to, size_t bytes, CudaStream stream) {
+  const std::lock_guard one_at_a_time(calls_);
+  for (size_t at = 0; at < bytes; at += buffer_bytes_) {
+    const size_t size = std::min(buffer_bytes_, bytes - at);
+    auto arrival = std::make_unique<Arrival>(Arrival{shared_, before_, next_});
+    const int64_t piece = add(from + at, size);
+    try {
+      runtime_.check(runtime_.launch_host_func(stream, arrive, arrival.get()),
+                     "cudaLaunchHostFunc");
+      static_cast<void>(arrival.release());  // the host function deletes it
+      before_ = kNone;
+      runtime_.check(runtime_.memcpy_async(to + at, shared_->buffer(piece).memory, size,
+                                           kHostToDevice, stream),
+                     "cudaMemcpyAsync to the device");
+      before_ = piece;
+    } catch (...) {
+      give_up(piece);
+      throw;
+    }
+  }
+}
+
+}  // namespace kt
