@@ -8,7 +8,9 @@ SLOTS = 16
 ROWS = 2048
 
 #: Of each slice whose memory CUDA does not register: pinned buffers, and threads that fill them.
-STAGING_BUFFERS, STAGING_BUFFER_BYTES = 6, 4 << 20
+#: Smaller pieces put more host functions on the stream, of which it takes some 50 before the
+#: calling thread has to wait; more threads find no idle CPU beside the workers.
+STAGING_BUFFERS, STAGING_BUFFER_BYTES = 4, 8 << 20
 STAGING_THREADS = 2
 
 _BF16, _FP32 = 2, 4
