@@ -28,6 +28,7 @@ from deploy.progress_lines import ProgressLines
 from deploy.state import COPYING, StageState
 from kt_kernel.errors import UserError
 from kt_kernel.files.durable import CREATE, named_write_errors
+from kt_kernel.files.folders import nearest_existing
 from kt_kernel.files.foreign import read_file
 from kt_kernel.files.units import gigabytes
 from kt_kernel.packed import MANIFEST_NAME
@@ -63,11 +64,8 @@ def room(cache: Path, weights: Path, size: float) -> tuple[float, float]:
         needed = 0.0 if _is_whole(folder, weights, files) else needed
     except UserError:
         folder, needed = cache, size
-    existing = cache
-    while not existing.exists():
-        existing = existing.parent
     idle = sum(_bytes_in(other) for other in _others(cache, folder))
-    return needed, shutil.disk_usage(existing).free + idle
+    return needed, shutil.disk_usage(nearest_existing(cache)).free + idle
 
 
 def local_copy(weights: Path, cache: Path, state: StageState | None) -> Path:
