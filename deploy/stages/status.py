@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, cast
 
 from deploy.console import say
+from deploy.local_http import http_answer, http_status
 from deploy.settings.config import Config
 from deploy.settings.row import AUTO
 from deploy.stages import follow
@@ -32,8 +33,6 @@ from deploy.stages.health import (
     examine,
     find_state,
     health_url,
-    http_answer,
-    http_status,
     report_of,
 )
 from deploy.stages.stage import Stage
