@@ -9,7 +9,6 @@ byte however often a run was interrupted, and may be mounted read-only.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import tempfile
@@ -25,6 +24,7 @@ from deploy.console import say
 from deploy.settings.row import AUTO
 from kt_kernel.errors import UserError, one_line
 from kt_kernel.files.foreign import read_fields
+from kt_kernel.files.locks import CannotLock, try_lock
 from kt_kernel.files.units import gigabytes_of
 from kt_kernel.load_progress import PROGRESS_VARIABLE
 
@@ -124,19 +124,18 @@ def _take_lock(path: Path) -> int | None:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(fd)
-                return None
-            time.sleep(0.01)
-        except OSError:  # a file system without locks
+            if try_lock(fd, path.parent):
+                break
+        except CannotLock:
             os.close(fd)
             return -1
-        else:
-            # Never closed; SGLang's server, which this process may become, inherits it.
-            os.set_inheritable(fd, True)
-            return fd
+        if time.monotonic() > deadline:
+            os.close(fd)
+            return None
+        time.sleep(0.01)
+    # Never closed; SGLang's server, which this process may become, inherits it.
+    os.set_inheritable(fd, True)
+    return fd
 
 
 def _is_locked(path: Path) -> bool:
@@ -145,14 +144,11 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+        return not try_lock(fd, path.parent, shared=True)
+    except CannotLock:
         return False
     finally:
         os.close(fd)
-    return False
 
 
 def _pid_namespace() -> str:

@@ -1,2 +1,2 @@
 """Bytes on disk, whatever they hold: foreign ones, safetensors' headers, durable writes, units,
-folders."""
+folders, locks."""

@@ -21,6 +21,7 @@ from deploy.state import (
 )
 from tests.deploy.helpers import run
 from tests.deploy.stage_states import as_of_another_container, health, other_process
+from tests.locks import refuse_locks
 
 
 def test_health_knows_the_stages_that_keep_a_state() -> None:
@@ -96,6 +97,16 @@ def test_a_directory_that_cannot_be_written(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"warning: cannot write the state to KT_RUN_DIR {tmp_path}/file/run")
+
+
+def test_a_directory_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage goes on and tells its state; in another container it cannot be seen to live."""
+    refuse_locks(monkeypatch)
+    StageState(tmp_path, "convert").set("converting")
+    state = read_state(tmp_path, "convert")
+    assert state is not None
+    assert (state.phase, state.is_alive(tmp_path)) == ("converting", True)
+    assert not replace(state, pid_namespace="pid:[1]").is_alive(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"stage": 1'])
