@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -31,6 +32,10 @@ from kt_kernel.load_progress import PROGRESS_VARIABLE
 DONE, FAILED, READY, WAITING = "done", "failed", "ready", "waiting"
 RESTARTING = "restarting"  # only told, by those who wait whether it is so
 COPYING = "copying weights"
+HOST = "{host}"
+"""Stands for the name of this host, or container, in ``KT_RUN_DIR``."""
+SERVERS = "servers"
+"""Folder in which several servers of a deployment have a directory of states each."""
 PROGRESS_SECONDS = 5.0
 #: A reader holds the lock for a moment; another stage holds it longer.
 LOCK_SECONDS = 0.5
@@ -159,9 +164,10 @@ def _pid_namespace() -> str:
 
 
 def run_directory(setting: str | Path) -> Path:
-    """Where the state files are: the value of ``KT_RUN_DIR``, with ``auto`` resolved."""
+    """Where the state files are: the value of ``KT_RUN_DIR``, with ``auto`` and ``{host}``
+    resolved."""
     if str(setting) != AUTO:
-        return Path(setting)
+        return Path(str(setting).replace(HOST, socket.gethostname()))
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime) / "kt-kernel"

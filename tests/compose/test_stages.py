@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deploy.state import HOST, SERVERS
 from tests.compose.files import REPOSITORY, services
 
 
@@ -13,6 +14,17 @@ def test_after_the_check_all_stages_start_and_take_turns() -> None:
     for name in ("download", "convert", "serve"):
         assert stages[name]["depends_on"]["preflight"] == checked
         assert stages[name]["command"] == [name, "--in-turn"]
+
+
+def test_status_sees_what_each_of_several_servers_does() -> None:
+    """With states of their own, which nobody saw, all could fail and `make up` follow for ever."""
+    plain, several = services(), services("compose/replicas.yml")
+    run_dir = plain["serve"]["environment"]["KT_RUN_DIR"]
+    assert several["serve"]["environment"]["KT_RUN_DIR"] == f"{run_dir}/{SERVERS}/{HOST}"
+    assert several["serve"]["command"] == ["serve", "--in-turn", run_dir]
+    assert f"run:{run_dir}" in plain["serve"]["volumes"]
+    assert f"run:{run_dir}:ro" in plain["status"]["volumes"]
+    assert several["serve"]["volumes"] == ["cpus:/run/kt-cpus"]
 
 
 def test_proxies_and_keys_are_for_the_stages_that_read_them() -> None:

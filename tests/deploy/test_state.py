@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from argparse import Namespace
@@ -64,6 +65,7 @@ def test_the_automatic_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "no"))
     assert run_directory("auto").name == f"kt-kernel-{os.getuid()}"
     assert run_directory(tmp_path) == tmp_path
+    assert run_directory(tmp_path / "{host}") == tmp_path / socket.gethostname()
 
 
 def test_progress_is_kept_while_the_work_runs(
