@@ -9,9 +9,9 @@ byte however often a run was interrupted, and may be mounted read-only.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import socket
 import tempfile
 import threading
 import time
@@ -25,12 +25,17 @@ from deploy.console import say
 from deploy.settings.row import AUTO
 from kt_kernel.errors import UserError, one_line
 from kt_kernel.files.foreign import read_fields
+from kt_kernel.files.locks import CannotLock, try_lock
 from kt_kernel.files.units import gigabytes_of
 from kt_kernel.load_progress import PROGRESS_VARIABLE
 
 DONE, FAILED, READY, WAITING = "done", "failed", "ready", "waiting"
 RESTARTING = "restarting"  # only told, by those who wait whether it is so
 COPYING = "copying weights"
+HOST = "{host}"
+"""Stands for the name of this host, or container, in ``KT_RUN_DIR``."""
+SERVERS = "servers"
+"""Folder in which several servers of a deployment have a directory of states each."""
 PROGRESS_SECONDS = 5.0
 #: A reader holds the lock for a moment; another stage holds it longer.
 LOCK_SECONDS = 0.5
@@ -124,19 +129,18 @@ def _take_lock(path: Path) -> int | None:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(fd)
-                return None
-            time.sleep(0.01)
-        except OSError:  # a file system without locks
+            if try_lock(fd, path.parent):
+                break
+        except CannotLock:
             os.close(fd)
             return -1
-        else:
-            # Never closed; SGLang's server, which this process may become, inherits it.
-            os.set_inheritable(fd, True)
-            return fd
+        if time.monotonic() > deadline:
+            os.close(fd)
+            return None
+        time.sleep(0.01)
+    # Never closed; SGLang's server, which this process may become, inherits it.
+    os.set_inheritable(fd, True)
+    return fd
 
 
 def _is_locked(path: Path) -> bool:
@@ -145,14 +149,11 @@ def _is_locked(path: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+        return not try_lock(fd, path.parent, shared=True)
+    except CannotLock:
         return False
     finally:
         os.close(fd)
-    return False
 
 
 def _pid_namespace() -> str:
@@ -163,9 +164,10 @@ def _pid_namespace() -> str:
 
 
 def run_directory(setting: str | Path) -> Path:
-    """Where the state files are: the value of ``KT_RUN_DIR``, with ``auto`` resolved."""
+    """Where the state files are: the value of ``KT_RUN_DIR``, with ``auto`` and ``{host}``
+    resolved."""
     if str(setting) != AUTO:
-        return Path(setting)
+        return Path(str(setting).replace(HOST, socket.gethostname()))
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.access(runtime, os.W_OK):
         return Path(runtime) / "kt-kernel"

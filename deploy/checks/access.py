@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.checks.result import Finding, fail_unless
 from deploy.checks.situation import Situation, check
 from deploy.hub.marker import is_whole_model
+from kt_kernel.files.folders import nearest_existing
 
 #: Variables of directories in which the stages and SGLang's packages keep what they make. Of one
 #: that an earlier user left the server dies when it compiles its first kernel.
@@ -48,11 +49,3 @@ def check_write_access(situation: Situation) -> Iterator[Finding]:
             f"on the host, `chown -R {user}` that directory, or run as its owner (in containers "
             f"RUN_AS={found.st_uid}:{found.st_gid})",
         )
-
-
-def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from deploy.checks.access import nearest_existing
 from deploy.checks.result import Finding, Status, fail_unless, warn_unless
 from deploy.checks.situation import Situation, check
 from deploy.hub.marker import marker_or_none
 from deploy.hub.unfinished import bytes_present
 from deploy.state import run_directory
+from kt_kernel.files.folders import nearest_existing
 from kt_kernel.files.units import gigabytes
 from kt_kernel.host import limits as host_limits
 from kt_kernel.host import memory as host_memory

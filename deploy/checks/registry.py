@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from deploy.checks import (
     access,
+    compose,
     cpu,
     exposure,
     gpu,
@@ -37,6 +38,7 @@ CHECKS = tuple(
         weight_cache,
         port,
         exposure,
+        compose,
     )
     for found in vars(module).values()
     if isinstance(found, Check)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from deploy.checks.access import nearest_existing
 from deploy.checks.result import Finding, Status, fail_unless
 from deploy.checks.situation import Situation, check
+from kt_kernel.files.folders import nearest_existing
 from kt_kernel.files.units import gigabytes
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import threading
@@ -17,6 +16,7 @@ from deploy.hub.marker import file_size
 from kt_kernel.errors import UserError
 from kt_kernel.files.durable import CREATE, named_write_errors, sync_directory, write_fully
 from kt_kernel.files.foreign import open_regular
+from kt_kernel.files.locks import try_lock
 
 CHUNK_BYTES = 4 << 20
 #: Files at a time. One thread hashes 0.5 to 2 GB/s; more than these keep spinning disks seeking.
@@ -222,22 +222,21 @@ def copy_files(copying: Copying, files: Iterable[CopiedFile]) -> None:
 
 
 @contextlib.contextmanager
-def filled_alone(directory: Path) -> Iterator[None]:
+def filled_alone(directory: Path, setting: str = "") -> Iterator[None]:
     """Have a directory that one process at a time fills; it is made if it is not there.
 
+    Args:
+        setting: that names it, for the error.
+
     Raises:
-        UserError: another process fills it, or it cannot be written.
+        UserError: another process fills it, or it cannot be written or locked.
     """
     with named_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run fills {directory}: wait for it") from None
-        except OSError:
-            pass  # a file system without locks: a disk that is carried is one host's anyway
+        if not try_lock(fd, f"{setting} {directory}".lstrip()):
+            raise UserError(f"another run fills {directory}: wait for it")
         yield
     finally:
         os.close(fd)

@@ -9,8 +9,6 @@ one copies. Sets that no server uses stay until their room is needed.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -28,7 +26,9 @@ from deploy.progress_lines import ProgressLines
 from deploy.state import COPYING, StageState
 from kt_kernel.errors import UserError
 from kt_kernel.files.durable import CREATE, named_write_errors
+from kt_kernel.files.folders import nearest_existing
 from kt_kernel.files.foreign import read_file
+from kt_kernel.files.locks import CannotLock, lock, try_lock, unlock
 from kt_kernel.files.units import gigabytes
 from kt_kernel.packed import MANIFEST_NAME
 
@@ -63,11 +63,8 @@ def room(cache: Path, weights: Path, size: float) -> tuple[float, float]:
         needed = 0.0 if _is_whole(folder, weights, files) else needed
     except UserError:
         folder, needed = cache, size
-    existing = cache
-    while not existing.exists():
-        existing = existing.parent
     idle = sum(_bytes_in(other) for other in _others(cache, folder))
-    return needed, shutil.disk_usage(existing).free + idle
+    return needed, shutil.disk_usage(nearest_existing(cache)).free + idle
 
 
 def local_copy(weights: Path, cache: Path, state: StageState | None) -> Path:
@@ -88,7 +85,7 @@ def local_copy(weights: Path, cache: Path, state: StageState | None) -> Path:
         if _lock_alone(fd, folder, weights, files, state):
             if not _is_whole(folder, weights, files):
                 _copy(weights, folder, groups, state)
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            lock(fd, f"{SETTING} {cache}", shared=True)
         with contextlib.suppress(PermissionError):  # another user's
             os.utime(fd)  # the least recently used goes first
     except BaseException:
@@ -113,15 +110,16 @@ def _lock_alone(
     fd: int, folder: Path, weights: Path, files: list[CopiedFile], state: StageState | None
 ) -> bool:
     """Wait until this process has a set for itself, or shares one that is whole."""
-    if _try_lock(fd, fcntl.LOCK_EX):
+    where = f"{SETTING} {folder.parent}"
+    if try_lock(fd, where):
         return True
     tries = 0
     with contextlib.ExitStack() as stack:
-        while not _try_lock(fd, fcntl.LOCK_EX):
-            if _try_lock(fd, fcntl.LOCK_SH):
+        while not try_lock(fd, where):
+            if try_lock(fd, where, shared=True):
                 if _is_whole(folder, weights, files):
                     return False
-                fcntl.flock(fd, fcntl.LOCK_UN)
+                unlock(fd)
                 tries += 1
                 if tries > PATIENCE:
                     raise UserError(
@@ -135,19 +133,6 @@ def _lock_alone(
                     stack.enter_context(state.watch(COPYING, total, lambda: _bytes_in(folder)))
                 tries = -PATIENCE
             time.sleep(POLL_SECONDS)
-    return True
-
-
-def _try_lock(fd: int, how: int) -> bool:
-    try:
-        fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        reason = error.strerror or errno.errorcode.get(error.errno or 0, "")
-        raise UserError(
-            f"cannot lock a file in {SETTING} ({reason}): choose a disk of this host"
-        ) from None
     return True
 
 
@@ -186,7 +171,7 @@ def _make_room(folder: Path, needed: int) -> None:
         except OSError:
             continue  # another user's
         try:
-            if _try_lock(fd, fcntl.LOCK_EX):
+            if try_lock(fd, f"{SETTING} {folder.parent}"):
                 say(f"{SETTING}: removing {other}, which no server uses, for room")
                 shutil.rmtree(other, ignore_errors=True)
         finally:
@@ -210,17 +195,17 @@ def _others(cache: Path, folder: Path) -> Iterator[Path]:
 
 
 def is_held(folder: Path) -> bool:
+    """Whether a server has a set, or nobody can tell."""
     try:
         fd = os.open(_lock_of(folder), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return not try_lock(fd, folder.parent)
+    except CannotLock:
         return True
     finally:
         os.close(fd)
-    return False
 
 
 def _is_whole(folder: Path, weights: Path, files: list[CopiedFile]) -> bool:

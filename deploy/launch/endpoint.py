@@ -6,7 +6,6 @@ requests go elsewhere while those under way are finished.
 
 from __future__ import annotations
 
-import http.client
 import socket
 import threading
 from collections.abc import Callable
@@ -14,31 +13,25 @@ from http import HTTPStatus
 from pathlib import Path
 
 from deploy.console import say
+from deploy.local_http import http_status, local_url, url_of
 from kt_kernel.errors import UserError
 from kt_kernel.files.durable import named_write_errors, replace_file
 from kt_kernel.host.addresses import LOOPBACK_OF
 
 POLL_SECONDS = 2.0
-HTTP_TIMEOUT = 10.0
 
 
 def is_ready(host: str, port: int) -> bool:
     """Whether a server of this machine would answer a request."""
-    connection = http.client.HTTPConnection(LOOPBACK_OF.get(host, host), port, timeout=HTTP_TIMEOUT)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == HTTPStatus.OK
-    except (OSError, http.client.HTTPException):  # not yet, or a program that speaks no HTTP
-        return False
-    finally:
-        connection.close()
+    # Nobody listens yet, or a program that speaks no HTTP: None.
+    return http_status(f"{local_url(host, port)}/ready")[0] == HTTPStatus.OK
 
 
-def url_of(host: str, port: int) -> str:
+def url_for_others(host: str, port: int) -> str:
     """Address of the server for other hosts, where ``host`` is what it listens on."""
     if host in LOOPBACK_OF:  # every address
         host = socket.gethostname()
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return url_of(host, port)
 
 
 class Endpoint:

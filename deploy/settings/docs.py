@@ -79,7 +79,9 @@ with `{"stage": "serve", "state": "ready", ...}` while the server serves, else 5
 stages are doing, in the words of `health`. It looks at the stages of its `KT_RUN_DIR`, also at
 those of other containers that share the directory. A process that ended without a word is
 `restarting` for 10 s, in which an engine of containers starts it again, and `failed` from then on.
-Of several servers behind SGLang's router it says how many are ready: `loading 0 of 2 servers`.
+Of several servers behind SGLang's router it says how many are ready: `loading 0 of 2 servers`; and
+`failed`, with the reasons, when none is and as many as there are have failed for good, by their
+states in `servers/*/` of its `KT_RUN_DIR`.
 `status --follow` asks it and prints what it says until the server is ready (exit status 0) or a
 stage has failed (1); `status --each` prints a line for each stage.
 

@@ -156,7 +156,8 @@ LAUNCH: tuple[Setting, ...] = (
         "KT_RUN_DIR", FilePath(), AUTO,
         "Directory of the state files that `health` and `status` read, one for each stage; each "
         "deployment on a host needs its own. `auto` is `kt-kernel` in `XDG_RUNTIME_DIR`, or "
-        "`/tmp/kt-kernel-UID`.",
+        "`/tmp/kt-kernel-UID`. `{host}` stands for this host's name, or the container's: servers "
+        "that share a directory have `servers/{host}` below it each.",
         SHARED, ("download", "convert", "serve", "check", "health", "status"), auto=True,
     ),
 )

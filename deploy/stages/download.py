@@ -7,7 +7,6 @@ file is there (see ``hub/marker.py``).
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -37,6 +36,7 @@ from deploy.stages.stage import Stage
 from deploy.stages.turns import POLL_SECONDS, add_in_turn
 from deploy.state import DONE, WAITING, StageState
 from kt_kernel.errors import UserError
+from kt_kernel.files.locks import try_lock
 from kt_kernel.files.units import gigabytes
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _only_one(directory: Path, state: StageState) -> Iterator[bool]:
         raise UserError(f"cannot write to KT_MODEL_PATH {directory}: {error.strerror}") from None
     try:
         waited = False
-        while not _try_lock(fd, directory):
+        while not try_lock(fd, f"KT_MODEL_PATH {directory}"):
             if not waited:
                 holder = os.pread(fd, 200, 0).decode(errors="replace").strip()
                 reason = f"another download to {directory} ({holder or 'just started'})"
@@ -170,19 +170,6 @@ def _only_one(directory: Path, state: StageState) -> Iterator[bool]:
                 os.ftruncate(fd, 0)  # a finished directory does not tell who made it
     finally:
         os.close(fd)
-
-
-def _try_lock(fd: int, directory: Path) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise UserError(
-            f"cannot lock a file in KT_MODEL_PATH {directory} ({error.strerror}): choose a "
-            f"directory on a file system with locks"
-        ) from None
-    return True
 
 
 class _Download:

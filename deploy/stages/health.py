@@ -8,16 +8,13 @@ own ``GET /health``; before that, and for the other stages, it is the state file
 from __future__ import annotations
 
 import contextlib
-import http.client
 import json
-import urllib.error
-import urllib.request
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
+from deploy.local_http import http_status, local_url
 from deploy.settings.config import Config
 from deploy.stages import check, convert, download, serve
 from deploy.stages.stage import Stage
@@ -32,14 +29,11 @@ from deploy.state import (
     run_directory,
     write_state,
 )
-from kt_kernel.errors import UserError, one_line
-from kt_kernel.files.foreign import parse_json
+from kt_kernel.errors import one_line
 from kt_kernel.host.addresses import LOOPBACK_OF
 
 #: The stages that keep a state, in the order in which they run.
 PIPELINE = tuple(stage.STAGE.name for stage in (check, download, convert, serve))
-HTTP_TIMEOUT = 10.0  # seconds; the answer costs nothing, but the cores may be busy
-MOST_BYTES = 4096  # of an answer
 ENDED = "the process ended without a word"
 #: Phases before the server listens.
 _STARTING = ("starting", "checking", "loading", "warming up")
@@ -76,8 +70,7 @@ def base_host(config: Config) -> str:
 
 def base_url(config: Config) -> str:
     """Address of the server as a client on this machine reaches it."""
-    host = base_host(config)
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.integer('KT_PORT')}"
+    return local_url(config.text("KT_HOST"), config.integer("KT_PORT"))
 
 
 def health_url(config: Config) -> str:
@@ -159,46 +152,6 @@ def _ask_server(state: State, directory: Path, url: str) -> State:
 def _now(state: State, phase: str) -> State:
     """The state in its next phase; how many layers were loaded is over."""
     return replace(state, phase=phase, done=None, total=None, unit="")
-
-
-def http_status(url: str) -> tuple[int | None, str]:
-    """HTTP status of a GET and what the server says of itself, empty if it says nothing; or None
-    and what kept the request from being answered."""
-    try:
-        status, told = http_answer(url)
-    except UserError as error:
-        return None, str(error)
-    state = told.get("state")
-    return status, one_line(state) if isinstance(state, str) else ""
-
-
-def http_answer(url: str) -> tuple[int, dict[str, Any]]:
-    """HTTP status of a GET and the fields of the answer, none if it is not 200 or has none.
-
-    Raises:
-        UserError: what kept the request from being answered.
-    """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a local program
-    try:
-        with opener.open(url, timeout=HTTP_TIMEOUT) as response:
-            return response.status, _fields(response.read(MOST_BYTES))
-    except urllib.error.HTTPError as error:
-        return error.code, {}
-    except urllib.error.URLError as error:
-        raise UserError(str(error.reason)) from None
-    except (OSError, ValueError, http.client.InvalidURL) as error:
-        raise UserError(str(error)) from None
-    except http.client.HTTPException:  # another program has the port
-        raise UserError("what answers there does not speak HTTP") from None
-
-
-def _fields(body: bytes) -> dict[str, Any]:
-    """What a server tells of itself, as the plugin and the router do; empty if it tells nothing."""
-    try:
-        told = parse_json(body.decode())
-    except (ValueError, RecursionError):
-        return {}
-    return told if isinstance(told, dict) else {}
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

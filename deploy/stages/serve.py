@@ -22,7 +22,7 @@ from deploy.console import say
 from deploy.errors import UserErrors
 from deploy.launch.argv import Command, resolve, serve_command
 from deploy.launch.by_card import memory_line
-from deploy.launch.endpoint import Endpoint, is_ready, url_of
+from deploy.launch.endpoint import Endpoint, is_ready, url_for_others
 from deploy.settings.config import Config, export
 from deploy.settings.row import AUTO
 from deploy.settings.variables import commanded
@@ -203,7 +203,7 @@ def _endpoint(config: Config) -> Endpoint | None:
     if path is None:
         return None
     if url == AUTO:
-        url = url_of(config.text("KT_HOST"), config.integer("KT_PORT"))
+        url = url_for_others(config.text("KT_HOST"), config.integer("KT_PORT"))
     return Endpoint(path, url)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, cast
 
 from deploy.console import say
+from deploy.local_http import http_answer, http_status
 from deploy.settings.config import Config
 from deploy.settings.row import AUTO
 from deploy.stages import follow
@@ -32,12 +33,20 @@ from deploy.stages.health import (
     examine,
     find_state,
     health_url,
-    http_answer,
-    http_status,
     report_of,
 )
 from deploy.stages.stage import Stage
-from deploy.state import DONE, FAILED, READY, RESTARTING, State, read_state, run_directory
+from deploy.stages.turns import CHECK
+from deploy.state import (
+    DONE,
+    FAILED,
+    READY,
+    RESTARTING,
+    SERVERS,
+    State,
+    read_state,
+    run_directory,
+)
 from kt_kernel.errors import UserError, one_line
 
 REQUEST_SECONDS = 10.0
@@ -93,8 +102,8 @@ class Deployment:
         directory: where the states are.
         url: where the server says how it is.
         elsewhere: whether that is another server than the one whose state is in ``directory``.
-        servers: how many there are; several are behind a router that counts those that are ready,
-            and have no state in ``directory``.
+        servers: how many there are; several are behind a router that counts those that are ready.
+            Those of this host have their states in ``servers/*/`` of ``directory``.
         clock: seconds that pass.
     """
 
@@ -149,6 +158,8 @@ class Deployment:
             status, words = http_status(self._url)
             if status == 200:
                 return State("serve", words or READY)
+            if self._elsewhere and (failed := self._failure_of_all()) is not None:
+                return failed
         return None if latest is None else self._examine(latest)
 
     def _of_several(self) -> State | None:
@@ -159,12 +170,39 @@ class Deployment:
             return self._examine(state)
         if ready >= self._servers:
             return State("serve", READY)
+        if ready == 0 and (failed := self._failure_of_all()) is not None:
+            return failed
         phase = READY if ready else "loading"
         return State("serve", phase, done=ready, total=self._servers, unit="servers")
 
-    def _examine(self, state: State) -> State:
+    def _failure_of_all(self) -> State | None:
+        """Why the servers behind a router have failed, when as many as there are have for good.
+
+        Of those in ``servers/*/``. What one was before the last check is over: the check has it
+        begin anew, or its container has been replaced.
+        """
+        checked = read_state(self._directory, CHECK)
+        reasons = []
+        for directory in sorted(self._directory.glob(f"{SERVERS}/*")):
+            state = read_state(directory, "serve")
+            if state is None:
+                continue
+            if state.phase != FAILED and state.is_alive(directory):
+                return None
+            if checked is not None and state.started < checked.started:
+                continue
+            found = self._examine(state, directory)
+            if found.phase != FAILED:
+                return None
+            reasons.append(found.message)
+        if len(reasons) < self._servers:
+            return None
+        count = f"all {len(reasons)} servers: " if len(reasons) > 1 else ""
+        return State("serve", FAILED, f"{count}{'; '.join(dict.fromkeys(reasons))}")
+
+    def _examine(self, state: State, directory: Path | None = None) -> State:
         """As :func:`examine`; a process that is gone may be started again, in containers."""
-        found = examine(state, self._directory, self._url)
+        found = examine(state, directory or self._directory, self._url)
         if not found.message.startswith(ENDED) or state.phase == FAILED:
             return found
         now = self._clock()

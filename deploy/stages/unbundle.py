@@ -73,7 +73,7 @@ def run(config: Config, directory: Path, chosen: list[str] | None) -> int:
         if part in COPIED:
             setting, last = COPIED[part]
             target = config.path(setting)
-            with filled_alone(target):
+            with filled_alone(target, setting):
                 _install(directory / part, target, files, setting, last)
         else:
             _check(directory / part, files)

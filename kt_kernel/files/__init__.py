@@ -1,1 +1,2 @@
-"""Bytes on disk, whatever they hold: foreign ones, safetensors' headers, durable writes, units."""
+"""Bytes on disk, whatever they hold: foreign ones, safetensors' headers, durable writes, units,
+folders, locks."""

@@ -7,7 +7,6 @@ CPU holds a lock on its file, which the kernel releases with the process.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections import Counter
@@ -15,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from kt_kernel.files.locks import CannotLock, try_lock
 from kt_kernel.host.cpus import Cpu, choose_cpus
 
 FOLDER_VARIABLE = "KT_CPU_LOCKS"
@@ -58,15 +58,15 @@ class Reservations:
         except OSError:
             return True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError:  # a file system without locks
+            got = try_lock(descriptor, self._directory)
+        except CannotLock:
             os.close(descriptor)
             return True
-        self._held[cpu] = descriptor
-        return True
+        if got:
+            self._held[cpu] = descriptor
+        else:
+            os.close(descriptor)
+        return got
 
     def _release(self, cpus: Collection[int]) -> None:
         for cpu in cpus:

@@ -6,7 +6,6 @@ share one do not undo each other's counts, and a kill at any moment leaves the o
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from kt_kernel.errors import UserError
 from kt_kernel.files.durable import CREATE, named_write_errors, replace_file
 from kt_kernel.files.foreign import FileMissing, read_fields
+from kt_kernel.files.locks import CannotLock, lock
 from kt_kernel.packed import MAX_EXPERTS
 from kt_kernel.placement.counts import Counts, Model
 
@@ -98,8 +98,8 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold the lock beside a file, which the kernel releases with the process."""
     fd = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | CREATE, 0o644)
     try:
-        with suppress(OSError):  # a file system without locks: only counts could be lost
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        with suppress(CannotLock):  # only counts could be lost
+            lock(fd, path.parent)
         yield
     finally:
         os.close(fd)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kt_kernel.host.addresses import free_port
+from tests.cluster.processes import end_processes
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 HOSTS = ("n1", "n2", "n3")
@@ -106,19 +107,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     configuration = ["-D", "-f", str(root / "slurm.conf")]
     commands = [["munged", "--foreground", "--force", *munge], ["slurmctld", *configuration]]
     commands += [["slurmd", *configuration, "-N", host] for host in HOSTS]
+    environment = {**os.environ, "SLURM_CONF": str(root / "slurm.conf")}
     started: list[subprocess.Popen[bytes]] = []
     cluster = Slurm(root)
     try:
         for command in commands:
             with (root / f"{command[0]}.out.log").open("ab") as log:
-                started.append(subprocess.Popen(command, stdout=log, stderr=log))
+                started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             if command[0] == "munged":
                 cluster.wait("munged", (root / "munge.sock").exists, 20)
         states = ("sinfo", "--noheader", "--format=%t %D")
         cluster.wait("the hosts", lambda: cluster.run(*states).split() == ["idle", "3"], 60)
         yield cluster
     finally:
-        for process in reversed(started):
-            process.send_signal(signal.SIGTERM)
-        for process in reversed(started):
-            process.wait(30)
+        try:
+            for process in reversed(started):
+                process.send_signal(signal.SIGTERM)
+            for process in reversed(started):
+                process.wait(30)
+        finally:  # the jobs of a test that failed; with the daemons gone, none begins again
+            end_processes("SLURM_CONF", str(root / "slurm.conf"))

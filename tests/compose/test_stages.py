@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
+from deploy.settings.table import TABLE
+from deploy.settings.variables import stages_of
+from deploy.state import HOST, SERVERS
 from tests.compose.files import REPOSITORY, services
+
+#: That may have a password in them.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 
 def test_after_the_check_all_stages_start_and_take_turns() -> None:
@@ -15,11 +23,23 @@ def test_after_the_check_all_stages_start_and_take_turns() -> None:
         assert stages[name]["command"] == [name, "--in-turn"]
 
 
+def test_status_sees_what_each_of_several_servers_does() -> None:
+    """With states of their own, which nobody saw, all could fail and `make up` follow for ever."""
+    plain, several = services(), services("compose/replicas.yml")
+    run_dir = plain["serve"]["environment"]["KT_RUN_DIR"]
+    assert several["serve"]["environment"]["KT_RUN_DIR"] == f"{run_dir}/{SERVERS}/{HOST}"
+    assert several["serve"]["command"] == ["serve", "--in-turn", run_dir]
+    assert f"run:{run_dir}" in plain["serve"]["volumes"]
+    assert f"run:{run_dir}:ro" in plain["status"]["volumes"]
+    assert several["serve"]["volumes"] == ["cpus:/run/kt-cpus"]
+
+
 def test_proxies_and_keys_are_for_the_stages_that_read_them() -> None:
     names = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
     found = services()
     for name in ("preflight", "convert", "serve", "status", "client"):
-        assert not {key for key in found[name]["environment"] if key.upper() in names}
+        given = found[name]["environment"]
+        assert not {key for key in given if key.upper() in names and given[key] != ""}
         assert found[name]["environment"]["HF_TOKEN"] == ""
     assert {key for key in found["download"]["environment"] if key.upper() in names} == {
         *names,
@@ -30,6 +50,22 @@ def test_proxies_and_keys_are_for_the_stages_that_read_them() -> None:
         assert found[name]["environment"]["KT_API_KEY"] == ""
     for name in ("download", "convert", "status", "client"):
         assert found[name]["environment"]["KT_ADMIN_KEY"] == ""
+
+
+@pytest.mark.parametrize("name", [*(s.name for s in TABLE if s.secret or s.private), *PROXIES])
+def test_what_may_hold_a_secret_is_for_the_stages_that_read_it(name: str) -> None:
+    """All of .env goes in; an address with a password in it, too, was in every container."""
+    readers = set(stages_of(name) or ())
+    if "serve" in readers:
+        readers.add("check")  # it looks at the server's settings before all
+    run_by = {"preflight": "check", "client": "smoke"}
+    having = {
+        run_by.get(service, service)
+        for service, keys in services().items()
+        if keys["environment"][name] != ""
+    }
+    assert having == readers - {"bundle"}  # which runs on the host
+    assert having
 
 
 def test_ports_are_published_on_this_host_unless_an_address_is_set() -> None:

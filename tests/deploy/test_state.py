@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from argparse import Namespace
@@ -21,6 +22,7 @@ from deploy.state import (
 )
 from tests.deploy.helpers import run
 from tests.deploy.stage_states import as_of_another_container, health, other_process
+from tests.locks import refuse_locks
 
 
 def test_health_knows_the_stages_that_keep_a_state() -> None:
@@ -63,6 +65,7 @@ def test_the_automatic_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "no"))
     assert run_directory("auto").name == f"kt-kernel-{os.getuid()}"
     assert run_directory(tmp_path) == tmp_path
+    assert run_directory(tmp_path / "{host}") == tmp_path / socket.gethostname()
 
 
 def test_progress_is_kept_while_the_work_runs(
@@ -96,6 +99,16 @@ def test_a_directory_that_cannot_be_written(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"warning: cannot write the state to KT_RUN_DIR {tmp_path}/file/run")
+
+
+def test_a_directory_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stage goes on and tells its state; in another container it cannot be seen to live."""
+    refuse_locks(monkeypatch)
+    StageState(tmp_path, "convert").set("converting")
+    state = read_state(tmp_path, "convert")
+    assert state is not None
+    assert (state.phase, state.is_alive(tmp_path)) == ("converting", True)
+    assert not replace(state, pid_namespace="pid:[1]").is_alive(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"stage": 1'])

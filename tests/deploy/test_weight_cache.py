@@ -25,6 +25,7 @@ from kt_kernel.errors import UserError
 from kt_kernel.packed import MANIFEST_NAME
 from tests.deploy.checks.situations import situation
 from tests.deploy.helpers import Prepared, content
+from tests.locks import refuse_locks
 
 pytestmark = pytest.mark.timeout(120)  # of locks that nobody gives up
 
@@ -203,6 +204,19 @@ def test_a_set_of_another_user(
     assert local_copy(prepared.int4, cache, None) == theirs
     assert weight_cache.is_held(theirs)
     assert local_copy(prepared.int4, cache, None) == theirs  # shared with one that holds it
+
+
+def test_no_locks_no_copy(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second server would take the first one's half-written copy for a killed one's."""
+    cache = tmp_path / "cache"
+    pid = in_child(lambda: local_copy(prepared.int8, cache, None), lambda _: None)
+    assert os.waitpid(pid, 0)[1] == 0
+    refuse_locks(monkeypatch)
+    with pytest.raises(UserError, match=f"^cannot lock a file in KT_WEIGHT_CACHE {cache} "):
+        local_copy(prepared.int4, cache, None)
+    assert weight_cache.is_held(folder_of(cache, prepared.int8))  # perhaps: it stays
 
 
 def test_the_check(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

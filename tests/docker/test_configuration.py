@@ -102,9 +102,12 @@ def test_a_secret_in_the_settings_file_reaches_who_needs_it_only(
         "HUGGING_FACE_HUB_TOKEN": {"download"},
         "KT_API_KEY": {"preflight", "serve", "client", "router"},
         "KT_ADMIN_KEY": {"preflight", "serve", "router"},
+        "HF_ENDPOINT": {"download"},
+        "HTTPS_PROXY": {"download"},
+        "https_proxy": {"download"},
     }
     settings = tmp_path / "settings"
-    settings.write_text("".join(f"{name}=secret-{name}\n" for name in readers))
+    settings.write_text("".join(f"{name}=http://me:secret-{name}@host\n" for name in readers))
     words = ["docker", "compose", "--env-file", str(settings), "--profile", "client"]
     files = ("docker-compose.yml", *(f"compose/{name}.yml" for name in ("cpu", "replicas")))
     words += [word for file in files for word in ("-f", file)]

@@ -25,6 +25,7 @@ from deploy.stages import bundle, unbundle
 from kt_kernel.errors import UserError
 from kt_kernel.packed import MANIFEST_NAME
 from tests.deploy.helpers import Prepared, content, fails, run
+from tests.locks import refuse_locks
 
 
 @pytest.fixture
@@ -207,6 +208,20 @@ def test_two_runs_do_not_fill_one_target(
         assert half.read_bytes() == b"half"
     install(far, tmp_path / "b")
     assert content(target) == content(Path(near["KT_WEIGHT_PATH"]))
+
+
+def test_no_locks_no_bundle(
+    near: dict[str, str], far: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a download: nothing would keep a second run from the half-written files."""
+    make(near, tmp_path / "b", "weights")
+    refuse_locks(monkeypatch)
+    target = far["KT_WEIGHT_PATH"]
+    with pytest.raises(UserError, match=f"^cannot lock a file in KT_WEIGHT_PATH {target} "):
+        install(far, tmp_path / "b")
+    assert list(Path(target).iterdir()) == []
+    with pytest.raises(UserError, match=f"^cannot lock a file in {tmp_path / 'b'} "):
+        make(near, tmp_path / "b", "weights")
 
 
 @pytest.mark.parametrize("sums", [SUMS_NAME, UNFINISHED_NAME])

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from deploy.hub import client as hub_client
-from deploy.state import read_state
+from deploy.stages import download
+from deploy.state import StageState, read_state
 from kt_kernel.errors import UserError
 from tests.deploy.helpers import (
     REPO_ID,
@@ -27,6 +28,7 @@ from tests.deploy.helpers import (
     fetched,
     run,
 )
+from tests.locks import refuse_locks
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -139,6 +141,16 @@ def test_a_directory_that_cannot_be_made(hub: LocalHub, tmp_path: Path) -> None:
     settings = hub.settings(tmp_path / "file" / "model", HF_HOME=str(tmp_path / "hf-home"))
     line = fails("download", **settings)
     assert f"cannot write to KT_MODEL_PATH {tmp_path}/file/model" in line
+
+
+def test_no_locks_no_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_locks(monkeypatch)
+    model, state = tmp_path / "model", StageState(tmp_path / "run", "download")
+    with (
+        pytest.raises(UserError, match=f"^cannot lock a file in KT_MODEL_PATH {model} "),
+        download._only_one(model, state),
+    ):
+        pass
 
 
 def test_a_marker_that_is_none(hub: LocalHub, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.stages.health import examine, find_state, http_status, is_healthy
+from deploy.local_http import http_status
+from deploy.stages.health import examine, find_state, is_healthy
 from deploy.state import (
     StageState,
     State,

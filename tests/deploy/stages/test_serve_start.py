@@ -127,7 +127,7 @@ def test_the_address_goes_before_the_server_ends(
     file, seen, port = tmp_path / "run" / "node", tmp_path / "seen", free_port()
     file.parent.mkdir()
     file.write_text("of a server that was killed")
-    endpoint = endpoints.Endpoint(file, endpoints.url_of("0.0.0.0", port))
+    endpoint = endpoints.Endpoint(file, endpoints.url_for_others("0.0.0.0", port))
     assert not file.exists()
     assert not endpoints.is_ready("0.0.0.0", port)
     server = child(f"file, seen, port = {str(file)!r}, {str(seen)!r}, {port}\n{READY}")
@@ -139,8 +139,8 @@ def test_the_address_goes_before_the_server_ends(
 
 
 def test_addresses_for_other_hosts() -> None:
-    assert endpoints.url_of("10.0.0.7", 1) == "http://10.0.0.7:1"
-    assert endpoints.url_of("fd00::7", 1) == "http://[fd00::7]:1"
+    assert endpoints.url_for_others("10.0.0.7", 1) == "http://10.0.0.7:1"
+    assert endpoints.url_for_others("fd00::7", 1) == "http://[fd00::7]:1"
 
 
 def test_a_drain_that_takes_too_long_ends(tmp_path: Path, signals: None) -> None:

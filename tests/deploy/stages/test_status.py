@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from deploy.stages import follow
 from deploy.stages.health import is_healthy
 from deploy.stages.status import RESTART_SECONDS, Deployment, listen, tell_each
 from deploy.state import (
@@ -138,6 +140,46 @@ def test_several_servers_are_counted(
         router(200, strange)
         assert told(deployment)[0] == "ready 1 of 2 servers"
     assert told(Deployment(tmp_path, "http://127.0.0.1:1", True, 2))[0] == "loading 0 of 2 servers"
+
+
+def test_several_servers_that_all_failed(
+    tmp_path: Path,
+    router: Callable[[int, object], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`make up` ends with the reasons, as with one server; it followed for ever."""
+    clock, url = Clock(), router(503, {"status": "not ready"})
+    deployment = Deployment(tmp_path, url, elsewhere=True, servers=2, clock=clock)
+    first, second = (tmp_path / "servers" / name for name in ("a", "b"))
+    write_state(first, State("serve", "failed", "of an earlier time", started=1.0))
+    write_state(tmp_path, State("check", "done", started=2.0))
+    write_state(tmp_path, State("convert", "done", started=3.0))
+    write_state(second, State("serve", "failed", "no card", started=4.0))
+    assert told(deployment)[0] == "loading 0 of 2 servers"  # the first may begin anew
+    with other_process(first, "serve", "loading") as process:
+        as_of_another_container(first, "serve")
+        assert told(deployment)[0] == "loading 0 of 2 servers"
+        process.kill()
+        process.wait()
+        assert told(deployment)[0] == "loading 0 of 2 servers"  # it may be started again
+        clock.now += RESTART_SECONDS
+    reason = "all 2 servers: the process ended without a word while loading: "
+    assert str(told(deployment)[0]).startswith(f"failed: {reason}")
+    monkeypatch.setattr(follow, "FAILED_SECONDS", 0.0)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    assert follow.follow(deployment.report, follow._Lines(sys.stdout, 0)) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"error: serve: {reason}")
+    assert last.endswith("; no card")
+    # The same reason is told once, and one server behind the router is no exception.
+    write_state(first, State("serve", "failed", "no card", started=4.0))
+    assert told(deployment)[0] == "failed: all 2 servers: no card"
+    alone = Deployment(tmp_path, url, elsewhere=True)
+    (first / "serve.json").unlink()
+    assert told(alone)[0] == "failed: no card"
+    router(200, {"healthy_workers": 1})
+    assert told(deployment)[0] == "ready 1 of 2 servers"
 
 
 def test_each_stage_says_why_it_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from kt_kernel.errors import UserError
 from kt_kernel.host.cpus import Cpu, allowed_cpus
 from kt_kernel.host.reservations import Reservations, holders
+from tests.locks import refuse_locks
 
 FOUR = [Cpu(id, 0, 0) for id in range(4)]
 TWO_NODES = [Cpu(id, id // 4, 0) for id in range(8)]
@@ -99,3 +100,12 @@ def test_kt_cpus_is_what_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KT_CPUS", text)
         with pytest.raises(UserError, match=f"KT_CPUS: expected CPUs .* found {text}"):
             allowed_cpus()
+
+
+def test_without_locks_none_is_another_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server computes all the same, and keeps no file open for nothing."""
+    refuse_locks(monkeypatch)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    for _ in range(2):
+        assert Reservations(tmp_path).choose(FOUR, 2, 1) == ([[0, 1]], [])
+    assert len([*Path("/proc/self/fd").iterdir()]) == before

@@ -19,6 +19,7 @@ from kt_kernel.files.foreign import FileMissing
 from kt_kernel.placement.counts import Model
 from kt_kernel.placement.counts_file import add_counts, read_counts
 from kt_kernel.placement.saving import CountsSaver
+from tests.locks import refuse_locks
 
 MODEL = Model("f" * 64, 4)
 COUNTS = {3: np.array([1, 0, 2, 0]), 4: np.array([0, 0, 0, 7])}
@@ -111,6 +112,12 @@ def test_writers_do_not_undo_each_other(path: Path) -> None:
     for one in writers:
         one.communicate()
     assert read_counts(path, MODEL)[3].tolist() == [80] * 4
+
+
+def test_without_locks_counts_are_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_locks(monkeypatch)
+    add_counts(path, MODEL, {3: np.array([1, 0, 0, 2])})
+    assert read_counts(path, MODEL)[3].tolist() == [1, 0, 0, 2]
 
 
 def test_a_kill_leaves_the_old_file_or_the_new(path: Path) -> None:
