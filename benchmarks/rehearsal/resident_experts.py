@@ -14,6 +14,7 @@ from benchmarks.rehearsal.checkpoint import Values
 from benchmarks.rehearsal.sizes import with_moe_layers
 from convert.source.experts import parse_expert_name
 from examples.tiny.tensors import TensorSpec, tensor_specs
+from kt_kernel.host.addresses import free_port
 
 #: Rows and columns that share a scale.
 BLOCK = 128
@@ -92,8 +93,17 @@ def _expert(spec: TensorSpec) -> int:
 
 
 def start_sglang() -> None:
-    """What its kernels ask the process for: the arguments of a server."""
+    """What its kernels ask the process for: the arguments of a server, and a group of one GPU."""
+    from sglang.srt.distributed import parallel_state
     from sglang.srt.runtime_context import get_context
     from sglang.srt.server_args import ServerArgs
 
     get_context().set_server_args(ServerArgs(model_path="dummy"))
+    parallel_state.init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
+        backend="gloo",
+    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=1)
