@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from kt_kernel import _ext
+from kt_kernel.gpu_prefill.card import packed_layer
+from kt_kernel.gpu_prefill.staging import Registration, StagingBuffers, registering
 from kt_kernel.host.cpus import allowed_cpus
 from tests.csrc.stream import fake_cuda
 from tests.csrc.stream.fake_cuda import Stream
 
+EXPERTS, HIDDEN, INNER = 6, 256, 64
 CPU = allowed_cpus()[0].id
 
 
@@ -74,3 +77,24 @@ def test_memory_may_go_while_a_graph_is_captured(
     context.unregister_memory(memory)
     del output, engine
     assert registered() == before
+
+
+def test_a_layer_goes_unregistered(context: _ext.StreamContext) -> None:
+    """One made in its place may get the same addresses, and is registered all the same."""
+    before = registered()
+    held = np.array([True, True, False, True, False, True])
+    source = [e if here else -1 for e, here in enumerate(held)]
+    shapes = (EXPERTS, INNER, HIDDEN), (EXPERTS, INNER, HIDDEN), (EXPERTS, HIDDEN, INNER)
+    weights = [np.ones(shape, np.float32) for shape in shapes]
+    engine = _ext.Engine([[CPU]], 1, "scalar")
+    registration = Registration(registering(context))
+    buffers = StagingBuffers(context, [[CPU]])
+    for _ in range(3):
+        layer = _ext.Layer(engine, EXPERTS, 2, HIDDEN, INNER, "int8")
+        layer.load_matrices(weights, "fp32", source)
+        packed = packed_layer(0, layer.slices, held, None)
+        kept, staged = registration.add(packed.slices, held, buffers)
+        assert (staged, registration.refusal) == ({}, "")
+        assert registered() - before == 4 * packed.slices[0].shape[1]
+        del layer, packed, kept
+        assert registered() == before
