@@ -282,7 +282,23 @@ class StreamContext:
         """
 
     def register_memory(self, memory: NDArray[np.uint8]) -> None:
-        """Let the card read memory by itself, which must stay until the process ends."""
+        """Let the card read memory by itself, which must stay until it is unregistered.
+
+        Raises:
+            ValueError: gaps in the memory.
+            RuntimeError: CUDA refuses it, also because a part of it is registered already.
+        """
+
+    def unregister_memory(self, memory: NDArray[np.uint8]) -> None:
+        """End that; must come before the memory goes, and after the card's copies from it.
+
+        Args:
+            memory: as it was registered.
+
+        Raises:
+            ValueError: gaps in the memory.
+            RuntimeError: none is registered that begins there.
+        """
 
     def pin_outputs(self, engine: Engine) -> None:
         """Let the engine's outputs of 128 KiB or more lie in memory that the card reads by itself.

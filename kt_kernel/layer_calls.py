@@ -56,6 +56,12 @@ class LayerCalls:
         #: Calls in CUDA graphs: of its own experts, and of those deferred.
         self._on_stream: tuple[_ext.StreamLayer, _ext.StreamLayer] | None = None
 
+    def leave_card(self) -> None:
+        """Before the layer's weights change: no copy to the card reads them any more."""
+        if self.on_card is not None:
+            self.on_card.forget()
+            self.on_card = None
+
     def start(self, batch: Batch) -> Call:
         """Start a call; what its output is had from."""
         if batch.x.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -207,6 +207,7 @@ class KTMoEWrapper:
         Raises:
             UserError: no file, or one of another layer, model or method, or a damaged one.
         """
+        self._calls.leave_card()
         path = self._weights.load(self.weight_path, physical_to_logical_map_cpu)
         last = packed.is_last_layer(path)
         if last:
@@ -235,6 +236,7 @@ class KTMoEWrapper:
         Raises:
             UserError: a wrong shape or dtype, or a weight that is not finite.
         """
+        self._calls.leave_card()
         self._weights.load_from_tensors(
             (gate_proj, up_proj, down_proj), physical_to_logical_map_cpu, quant_method
         )

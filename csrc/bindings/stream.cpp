@@ -17,11 +17,16 @@ std::chrono::milliseconds checked_limit(double seconds) {
   return std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
 }
 
+uint8_t* without_gaps(const py::array_t<uint8_t>& memory) {
+  if (!(memory.flags() & py::array::c_style)) fail_argument("memory has gaps");
+  return const_cast<uint8_t*>(memory.data());
+}
+
 // The context goes when the last memory that it has pinned is gone.
 void pin_outputs(const std::shared_ptr<StreamContext>& context, const Engine& engine) {
   engine.outputs->use(std::make_shared<const Pinning>(Pinning{
       [context](uint8_t* memory, size_t bytes) { context->runtime.register_memory(memory, bytes); },
-      [context](uint8_t* memory) { context->runtime.host_unregister(memory); }}));
+      [context](uint8_t* memory) { context->runtime.forget_memory(memory); }}));
 }
 
 }  // namespace
@@ -36,9 +41,14 @@ void bind_stream(py::module_& module) {
       .def(
           "register_memory",
           [](StreamContext& context, const py::array_t<uint8_t>& memory) {
-            if (!(memory.flags() & py::array::c_style)) fail_argument("memory has gaps");
-            context.runtime.register_memory(const_cast<uint8_t*>(memory.data()),
+            context.runtime.register_memory(without_gaps(memory),
                                             static_cast<size_t>(memory.nbytes()));
+          },
+          py::arg("memory").noconvert())
+      .def(
+          "unregister_memory",
+          [](StreamContext& context, const py::array_t<uint8_t>& memory) {
+            context.runtime.unregister_memory(without_gaps(memory));
           },
           py::arg("memory").noconvert())
       .def("pin_outputs", &pin_outputs, py::arg("engine"))
@@ -92,10 +102,9 @@ void bind_stream(py::module_& module) {
       .def(
           "copy",
           [](Staging& staging, const py::array_t<uint8_t>& memory, uintptr_t to, uintptr_t stream) {
-            if (!(memory.flags() & py::array::c_style)) fail_argument("memory has gaps");
+            const uint8_t* const from = without_gaps(memory);
             auto* const target =
                 static_cast<uint8_t*>(const_cast<void*>(checked_address(to, "to")));
-            const uint8_t* const from = memory.data();
             const auto bytes = static_cast<size_t>(memory.nbytes());
             const WithoutGil released;
             staging.copy(from, target, bytes, reinterpret_cast<CudaStream>(stream));

@@ -85,14 +85,14 @@ Flags::Flags(const CudaRuntime& runtime, const MemoryOps& ops)
     const RelaxedCapture relaxed(runtime_);
     runtime_.register_memory(words_.get(), sizeof(Words));
     const CudaError error = ops_.device_pointer(&device, words_.get(), 0);
-    if (error != 0) runtime_.host_unregister(words_.get());
+    if (error != 0) runtime_.forget_memory(words_.get());
     runtime_.check(error, "cudaHostGetDevicePointer");
   }
   words_on_device_ = reinterpret_cast<uint64_t>(device);
   try {
     thread_ = std::thread([this] { poll(); });
   } catch (const std::system_error& error) {
-    runtime_.host_unregister(words_.get());
+    runtime_.forget_memory(words_.get());
     fail_runtime("cannot start the thread that watches CUDA graphs: ", error.what());
   }
   pthread_setname_np(thread_.native_handle(), "kt-flags");
@@ -106,7 +106,7 @@ Flags::~Flags() {
   stopping_ = true;
   wake();
   thread_.join();
-  runtime_.host_unregister(words_.get());
+  runtime_.forget_memory(words_.get());
 }
 
 void Flags::keep_off(const std::vector<std::vector<int>>& cpus) {

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <utility>
 
 #include "base/error.h"
@@ -17,12 +18,20 @@ void CudaRuntime::check(CudaError error, const char* what) const {
 }
 
 void CudaRuntime::register_memory(void* memory, size_t bytes) const {
-  const CudaError error = host_register(memory, bytes, 0);
-  if (error == kAlreadyRegistered) {
-    last_error();
-    return;
+  check(host_register(memory, bytes, 0), "cudaHostRegister");
+}
+
+void CudaRuntime::unregister_memory(void* memory) const {
+  const RelaxedCapture relaxed(*this);
+  check(host_unregister(memory), "cudaHostUnregister");
+}
+
+void CudaRuntime::forget_memory(void* memory) const noexcept {
+  try {
+    unregister_memory(memory);
+  } catch (const std::exception&) {
+    return;  // CUDA is gone, or broken: what comes next says so
   }
-  check(error, "cudaHostRegister");
 }
 
 LoadedLibrary::LoadedLibrary(std::string what, std::string name)

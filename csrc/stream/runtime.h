@@ -14,7 +14,6 @@ using CudaError = int;  // 0 is success
 constexpr int kHostToDevice = 1, kDeviceToHost = 2;
 constexpr int kCaptureNone = 0, kCaptureActive = 1;
 constexpr int kCaptureModeRelaxed = 2;
-constexpr CudaError kAlreadyRegistered = 712;
 
 // A library that this process has loaded already, and that stays.
 class LoadedLibrary {
@@ -56,8 +55,21 @@ struct CudaRuntime {
   // error: whoever asks for the last one next would take it for theirs.
   void check(CudaError error, const char* what) const;
 
-  // Lets devices read this memory by themselves; once is enough. Throws as check does.
+  // Lets devices read this memory by themselves. It must be unregistered before it is freed: CUDA
+  // would take what is mapped there next for registered, and devices would read the old pages.
+  //
+  // Memory that is registered already, all or a part of it, is refused like any other. It is either
+  // registered by somebody else, who may end that at any time, or was freed without being
+  // unregistered. No two callers share a page: they register whole mappings, or experts of a slice
+  // with at least one expert, which is larger than a page, between them.
+  //
+  // Both throw as check does.
   void register_memory(void* memory, size_t bytes) const;
+  // From its first byte, as it was registered; legal while streams are captured. What copies from
+  // or to it must have ended.
+  void unregister_memory(void* memory) const;
+  // The same for memory that goes, whatever CUDA says.
+  void forget_memory(void* memory) const noexcept;
 };
 
 // Lets this thread allocate, or work on another stream, while some stream is being captured: what

@@ -23,7 +23,7 @@ from kt_kernel.gpu_prefill.costs import Costs
 from kt_kernel.gpu_prefill.expert_math import ExpertMatrices, SliceInSlot
 from kt_kernel.gpu_prefill.memory import ROWS, SLOTS
 from kt_kernel.gpu_prefill.ring import Ring, Sent
-from kt_kernel.gpu_prefill.staging import StagedRows, StagingBuffers
+from kt_kernel.gpu_prefill.staging import Registered, StagedRows, StagingBuffers
 from kt_kernel.gpu_prefill.streams import Stream
 
 _ALIGN = 256  # bytes; of a slice in a slot
@@ -52,6 +52,7 @@ class PackedLayer:
         tables: int8 [256, 16] on the card, or None for int8.
         staged: by number of a slice, rows of it that go through staging buffers; the card reads
             the others by itself.
+        registered: what lets it do so, until the layer is forgotten.
     """
 
     layer_idx: int
@@ -60,6 +61,7 @@ class PackedLayer:
     held: NDArray[np.bool_]
     tables: torch.Tensor | None
     staged: Mapping[int, StagedRows] = field(default_factory=dict)
+    registered: Registered | None = None
 
     @property
     def slot_bytes(self) -> int:
@@ -204,9 +206,32 @@ class CardExperts:
         self._gate_up, self._h = empty(rows, 2 * intermediate), empty(rows, intermediate)
 
     def add(self, layer: PackedLayer) -> None:
-        """Make a layer known."""
+        """Make a layer known, in place of one with its number."""
+        self.forget(layer.layer_idx)
         with self._lock:
             self._layers[layer.layer_idx] = layer
+
+    def forget(self, layer_idx: int) -> None:
+        """Unregister a layer, if there is one: its weights may be overwritten or freed after this.
+
+        Raises:
+            RuntimeError: what CUDA refuses.
+        """
+        with self._lock:
+            if layer_idx not in self._layers:
+                return
+            # Its experts would pass for the next one's of this number. Others are sent again.
+            self._ring.clear()
+            self._last.pop(layer_idx, None)
+            self.copies.finish()  # which read its memory
+            self._products.finish()
+            if (registered := self._layers.pop(layer_idx).registered) is not None:
+                registered.release()
+
+    def has(self, layer: PackedLayer) -> bool:
+        """Whether this very layer was added, and not forgotten since."""
+        with self._lock:
+            return self._layers.get(layer.layer_idx) is layer
 
     def choose(
         self, layer_idx: int, tokens: NDArray[np.int64], on_gpu: NDArray[np.bool_]

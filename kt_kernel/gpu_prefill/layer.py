@@ -56,15 +56,28 @@ class LayerOnCard:
     def __init__(
         self, card: CardExperts, layer: PackedLayer, weights: LayerWeights, least_tokens: int
     ) -> None:
-        self.card, self._layer_idx, self._engine = card, layer.layer_idx, weights.engine
+        self.card, self._layer, self._engine = card, layer, weights.engine
         self._held, self._on_gpu, self._least_tokens = layer.held, weights.on_gpu, least_tokens
         self._counts = weights.counts_on_card
         card.add(layer)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether a call with these hidden states may be divided."""
+        """Whether a call with these hidden states may be divided.
+
+        None may once another layer was added under this one's number: the card has its weights.
+        """
         card = self.card
-        return len(x) >= self._least_tokens and x.dtype == card.dtype and x.device == card.device
+        fits = x.dtype == card.dtype and x.device == card.device
+        return len(x) >= self._least_tokens and fits and card.has(self._layer)
+
+    def forget(self) -> None:
+        """Before this layer's weights change or go: the card has them no longer.
+
+        Raises:
+            RuntimeError: what CUDA refuses.
+        """
+        if self.card.has(self._layer):
+            self.card.forget(self._layer.layer_idx)
 
     def all_on_card(self, batch: Batch, ids_here: torch.Tensor) -> torch.Tensor:
         """A call's experts, all of those that the CPUs hold, on the card; float32 [T, H] there.
@@ -76,7 +89,7 @@ class LayerOnCard:
         counts = count_ids(ids_here, len(self._held))
         routed = route(batch.ids, batch.weights, counts)
         experts = np.flatnonzero(counts[1:]).tolist()
-        running = self.card.run(self._layer_idx, batch.x, routed, experts)
+        running = self.card.run(self._layer.layer_idx, batch.x, routed, experts)
         return self.card.finish(
             running, torch.zeros(batch.x.shape, dtype=self.card.dtype, device="cpu")
         )
@@ -98,7 +111,7 @@ class LayerOnCard:
         counts = count_ids(here.ids, experts)
         tokens = counts[1:].copy()
         tokens[self._on_gpu] = 0
-        chosen = self.card.choose(self._layer_idx, tokens, self._on_gpu)
+        chosen = self.card.choose(self._layer.layer_idx, tokens, self._on_gpu)
         if not chosen:
             return None
         on_card = np.zeros(experts + 1, bool)
@@ -109,5 +122,5 @@ class LayerOnCard:
         before_ns = self._engine.totals["workers_ns"]
         cpu = on_cpu(here._replace(ids=rest))
         routed = route(batch.ids, batch.weights, counts)
-        running = self.card.run(self._layer_idx, batch.x.contiguous(), routed, chosen)
+        running = self.card.run(self._layer.layer_idx, batch.x.contiguous(), routed, chosen)
         return Divided(self.card, running, cpu, self._engine, before_ns, tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -25,8 +26,54 @@ from kt_kernel.host.cpus import cpus_of_nodes
 #: For measurements and tests: nothing is registered.
 STAGING_VARIABLE = "_KT_GPU_PREFILL_STAGING"
 
-#: Registers memory; raises RuntimeError where CUDA refuses.
-Register = Callable[[NDArray[np.uint8]], None]
+#: Of CUDA, for memory; raises RuntimeError where CUDA refuses.
+OfMemory = Callable[[NDArray[np.uint8]], None]
+
+
+class HostRegister(NamedTuple):
+    """Registers memory, and ends that."""
+
+    register: OfMemory
+    unregister: OfMemory
+
+
+class Registered:
+    """Memory that CUDA has registered. It stays there as long as this object does.
+
+    CUDA does not notice when registered memory is freed: it would take what is mapped there next
+    for registered, and the card would read the old pages. So the memory is unregistered when this
+    object goes, and held until then. Not at the process's end: nothing reads it any more, and
+    hundreds of GB would take their time. Nor in a process that was forked, which has no card.
+
+    Args:
+        unregister: of CUDA.
+    """
+
+    def __init__(self, unregister: OfMemory) -> None:
+        self._memory: list[NDArray[np.uint8]] = []
+        arguments = unregister, self._memory, os.getpid()
+        self._release = weakref.finalize(self, _unregister, *arguments)
+        self._release.atexit = False
+
+    def add(self, memory: NDArray[np.uint8]) -> None:
+        """Hold what has just been registered."""
+        self._memory.append(memory)
+
+    def release(self) -> None:
+        """Unregister it now, since others may still hold this object; a second time, nothing.
+
+        The card's copies from it must have ended.
+
+        Raises:
+            RuntimeError: what CUDA refuses.
+        """
+        self._release()
+
+
+def _unregister(unregister: OfMemory, memory: list[NDArray[np.uint8]], process: int) -> None:
+    if os.getpid() == process:
+        while memory:
+            unregister(memory.pop())
 
 
 class StagedRows(NamedTuple):
@@ -96,26 +143,31 @@ class Registration:
     own buffers.
 
     Args:
-        register: of CUDA.
+        cuda: what registers it.
     """
 
-    def __init__(self, register: Register) -> None:
-        self._register = register
-        self.registered, self.staged, self.pageable = 0, 0, 0  # bytes
+    def __init__(self, cuda: HostRegister) -> None:
+        self._cuda = cuda
+        self.registered, self.staged, self.pageable = 0, 0, 0  # bytes, of all so far
         self.seconds = 0.0
         self.refusal = ""
 
     def add(
         self, slices: Sequence[torch.Tensor], held: NDArray[np.bool_], buffers: StagingBuffers
-    ) -> dict[int, StagedRows]:
-        """Register a layer, until the process ends; by slice, the rows that are to be staged.
+    ) -> tuple[Registered, dict[int, StagedRows]]:
+        """Register a layer.
 
         Args:
             slices: uint8 [E, bytes of a slot] each.
             held: bool [E], experts whose weights are there: between them is address space without
                 memory, which stays so.
             buffers: for what is refused. Where there are none, the driver copies it.
+
+        Returns:
+            What CUDA has registered, for as long as this is kept; and by slice, the rows that are
+            to be staged.
         """
+        registered = Registered(self._cuda.unregister)
         started = time.monotonic()
         experts = np.flatnonzero(held)
         runs = np.split(experts, np.flatnonzero(np.diff(experts) > 1) + 1)
@@ -124,7 +176,8 @@ class Registration:
             refused = np.zeros(len(held), np.bool_)
             for run in runs:
                 rows = part[int(run[0]) : int(run[-1]) + 1]
-                if self._registers(rows):
+                if self._registers(rows.numpy()):
+                    registered.add(rows.numpy())
                     self.registered += rows.numel()
                 else:
                     refused[run] = True
@@ -137,12 +190,12 @@ class Registration:
             else:
                 self.pageable += size
         self.seconds += time.monotonic() - started
-        return staged
+        return registered, staged
 
-    def _registers(self, rows: torch.Tensor) -> bool:
+    def _registers(self, rows: NDArray[np.uint8]) -> bool:
         if not self.refusal:
             try:
-                self._register(rows.numpy())
+                self._cuda.register(rows)
             except RuntimeError as error:
                 self.refusal = str(error) or "no reason given"
         return not self.refusal
@@ -172,11 +225,13 @@ class Registration:
         return text
 
 
-def registering(context: _ext.StreamContext | None) -> Register:
+def registering(context: _ext.StreamContext | None) -> HostRegister:
     """What registers memory: CUDA, or nothing where there is no card and all can be read."""
     if os.environ.get(STAGING_VARIABLE):
-        return _refuse
-    return _need_not if context is None else context.register_memory
+        return HostRegister(_refuse, _need_not)
+    if context is None:
+        return HostRegister(_need_not, _need_not)
+    return HostRegister(context.register_memory, context.unregister_memory)
 
 
 def _refuse(_: NDArray[np.uint8]) -> None:

@@ -157,9 +157,10 @@ def on_card(weights: LayerWeights, cpu_call: CpuCall, last: bool) -> LayerOnCard
     block_k = packed.METHODS[layout.method].block_k
     shape = ExpertShape(layout.num_experts, layout.hidden_size, layout.intermediate_size, block_k)
     card = card_experts(shape, layer.slot_bytes, device, dtype, weights.engine, os.getpid())
-    registered = registration(device, os.getpid())
-    staged = registered.add(layer.slices, held, card.staging)
-    layer = dataclasses.replace(layer, staged=staged)
+    card.forget(weights.layer_idx)  # before the new one is registered: there may be room for one
+    registrations = registration(device, os.getpid())
+    registered, staged = registrations.add(layer.slices, held, card.staging)
+    layer = dataclasses.replace(layer, staged=staged, registered=registered)
     if device.type == "cuda":
         stream_context().pin_outputs(weights.engine)
     if not card.costs.measured:
@@ -177,6 +178,6 @@ def on_card(weights: LayerWeights, cpu_call: CpuCall, last: bool) -> LayerOnCard
             1e3 * token,
         )
     if last:
-        level = logging.WARNING if registered.refusal else logging.INFO
-        logger.log(level, "kt_kernel: %s", registered.summary(card.staging))
+        level = logging.WARNING if registrations.refusal else logging.INFO
+        logger.log(level, "kt_kernel: %s", registrations.summary(card.staging))
     return LayerOnCard(card, layer, weights, least_tokens)

@@ -263,6 +263,20 @@ def cases(stream_library: str) -> dict[str, Calls]:
             {},
             {"memory": [gaps(np.ones(8, np.uint8)), np.ones(8, np.int64), None, 0, "x"]},
         ),
+        "StreamContext.unregister_memory": with_each(
+            context.unregister_memory,
+            {},
+            {
+                "memory": [
+                    gaps(np.ones(8, np.uint8)),
+                    np.ones(8, np.uint8),  # never registered
+                    np.ones(8, np.int64),
+                    None,
+                    0,
+                    "x",
+                ]
+            },
+        ),
         "StreamContext.pin_outputs": with_each(
             context.pin_outputs, {}, {"engine": [None, layer, 0]}
         ),

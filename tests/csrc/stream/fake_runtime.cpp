@@ -23,7 +23,8 @@
 namespace {
 
 constexpr int kSuccess = 0, kInvalidValue = 1, kNotPermitted = 800, kUnsafeInCapture = 900;
-constexpr int kAlreadyRegistered = 712, kNotReady = 600, kNotSupported = 801;
+constexpr int kAlreadyRegistered = 712, kNotRegistered = 713;
+constexpr int kNotReady = 600, kNotSupported = 801;
 // Host memory lies elsewhere for the device.
 constexpr uint64_t kOnDevice = uint64_t{1} << 60;
 constexpr int kModeGlobal = 0, kModeRelaxed = 2;
@@ -64,6 +65,14 @@ bool lies_in(const void* p, size_t bytes, Kind kind) {
   if (block == blocks.begin()) return false;
   --block;
   return block->second.second == kind && at + bytes <= block->first + block->second.first;
+}
+
+// With the mutex held: whether any byte is host memory that CUDA knows.
+bool overlaps(const uint8_t* memory, size_t bytes) {
+  return std::any_of(blocks.begin(), blocks.end(), [&](const auto& block) {
+    const auto& [size, kind] = block.second;
+    return kind == Kind::kHost && block.first < memory + bytes && memory < block.first + size;
+  });
 }
 
 int allocate(void** memory, size_t bytes, Kind kind) {
@@ -267,17 +276,18 @@ int cudaHostRegister(void* memory, size_t bytes, unsigned) {
     --failing_calls;
     return kInvalidValue;
   }
-  if (lies_in(memory, 1, Kind::kHost)) return kAlreadyRegistered;
   const std::lock_guard lock(memory_mutex);
+  if (overlaps(static_cast<const uint8_t*>(memory), bytes)) return kAlreadyRegistered;
   blocks[static_cast<uint8_t*>(memory)] = {bytes, Kind::kHost};
   registered += bytes;
   return kSuccess;
 }
 
 int cudaHostUnregister(void* memory) {
+  if (capturing > 0 && capture_mode != kModeRelaxed) return kUnsafeInCapture;
   const std::lock_guard lock(memory_mutex);
   const auto block = blocks.find(static_cast<uint8_t*>(memory));
-  if (block == blocks.end()) return kInvalidValue;
+  if (block == blocks.end()) return kNotRegistered;
   registered -= block->second.first;
   blocks.erase(block);
   return kSuccess;
@@ -317,7 +327,10 @@ int cudaGetLastError() { return kSuccess; }
 const char* cudaGetErrorString(int error) {
   return error == kNotPermitted      ? "operation not permitted"
          : error == kUnsafeInCapture ? "operation not permitted when stream is capturing"
-                                     : "invalid argument";
+         : error == kAlreadyRegistered
+             ? "part or all of the requested memory range is already mapped"
+         : error == kNotRegistered ? "pointer does not correspond to a registered memory region"
+                                   : "invalid argument";
 }
 
 // What tests call.

@@ -20,7 +20,7 @@ from kt_kernel.gpu_prefill.card import (
     route,
 )
 from kt_kernel.gpu_prefill.costs import Costs
-from kt_kernel.gpu_prefill.staging import StagedRows, StagingBuffers
+from kt_kernel.gpu_prefill.staging import Registered, StagedRows, StagingBuffers
 from kt_kernel.gpu_prefill.streams import DirectStream, Stream
 from kt_kernel.host.cpus import allowed_cpus
 from tests import reference
@@ -168,6 +168,51 @@ def test_experts_on_their_way_that_nobody_wants_are_dropped(streams: Streams) ->
     wanted = [e for e in range(12) if e not in there[:2]]
     found = call.on(made, 1, there[2:] + [e for e in wanted if e not in there])
     assert reference.relative_error(found.numpy(), call.want(1)) < 1e-5
+
+
+def test_a_layer_loaded_again_gives_its_new_weights(streams: Streams) -> None:
+    """Layer 1's first experts are on their way, and those of the layer before would be taken."""
+    made, fresh = card(streams), card(direct_streams())
+    Call(0).on(made, 0)
+    assert len(made._ring.on_the_way(1)) == 3
+    for each in (made, fresh):
+        each.add(replace(layer(2), layer_idx=1))
+    for layer_idx in (1, 2, 0, 1):
+        found = []
+        for each in (made, fresh):
+            torch.manual_seed(0)  # the CPUs' part
+            call = Call(layer_idx)
+            found.append(call.on(each, layer_idx, list(range(12))))
+        assert torch.equal(*found)
+        weights = call.want(2 if layer_idx == 1 else layer_idx)
+        assert reference.relative_error(found[0].numpy(), weights) < 1e-5
+
+
+def test_a_layer_is_forgotten_once_nothing_reads_it(streams: Streams) -> None:
+    """Its memory may be overwritten or freed next: copies must have ended, then CUDA forgets it."""
+    made = card(streams)
+    events: list[str] = []
+
+    class Slow(PackedLayer):
+        def copy(self, expert: int, slot: torch.Tensor) -> None:
+            time.sleep(0.05)
+            super().copy(expert, slot)
+            events.append("read")
+
+    found = layer(1)
+    registered = Registered(lambda _: events.append("unregistered"))
+    registered.add(found.slices[0].numpy())
+    fields = found.layer_idx, found.slices, found.where, found.held, found.tables
+    slow = Slow(*fields, registered=registered)
+    made.add(slow)
+    Call(0).on(made, 0)
+    assert made.has(slow)
+    made.forget(1)
+    assert not made.has(slow)
+    assert events == [*3 * ["read"], "unregistered"]
+    made.forget(1)
+    made.add(found)
+    assert events.count("unregistered") == 1
 
 
 def test_a_copy_that_fails_is_told_and_leaves_the_next_call_whole() -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
 from kt_kernel.gpu_prefill import staging
-from kt_kernel.gpu_prefill.staging import Registration, StagingBuffers, copying_cpus, registering
+from kt_kernel.gpu_prefill.staging import (
+    HostRegister,
+    Registered,
+    Registration,
+    StagingBuffers,
+    copying_cpus,
+    registering,
+)
 from kt_kernel.host.cpus import allowed_cpus
 
 CPUS = [cpu.id for cpu in allowed_cpus()]
@@ -20,12 +32,20 @@ class Cuda:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.asked: list[tuple[int, int]] = []  # shapes
+        self.asked: list[tuple[int, ...]] = []  # shapes
+        self.ended: list[tuple[int, ...]] = []
 
-    def __call__(self, memory: NDArray[np.uint8]) -> None:
+    def register(self, memory: NDArray[np.uint8]) -> None:
         self.asked.append(memory.shape)
         if len(self.asked) > self.most:
             raise RuntimeError("cudaHostRegister failed: out of memory (CUDA error 2)")
+
+    def unregister(self, memory: NDArray[np.uint8]) -> None:
+        self.ended.append(memory.shape)
+
+    @property
+    def calls(self) -> HostRegister:
+        return HostRegister(self.register, self.unregister)
 
 
 def layer() -> list[torch.Tensor]:
@@ -41,9 +61,10 @@ def buffers() -> StagingBuffers:
 def test_all_is_registered(buffers: StagingBuffers) -> None:
     """By runs of experts: between them there is no memory."""
     cuda = Cuda(100)
-    registration = Registration(cuda)
-    for _ in range(2):
-        assert registration.add(layer(), HELD, buffers) == {}
+    registration = Registration(cuda.calls)
+    kept = [registration.add(layer(), HELD, buffers) for _ in range(2)]
+    assert [staged for _, staged in kept] == [{}, {}]
+    assert cuda.ended == []
     assert cuda.asked == 2 * [(2, 10), (1, 10), (2, 20), (1, 20)]
     assert registration.summary(buffers).startswith(
         "180 bytes of experts registered with CUDA in 0 s"
@@ -53,8 +74,8 @@ def test_all_is_registered(buffers: StagingBuffers) -> None:
 def test_after_a_refusal_all_goes_through_staging_buffers(buffers: StagingBuffers) -> None:
     """Of the first slice, the second run; no more is asked for, in later layers neither."""
     cuda = Cuda(1)
-    registration = Registration(cuda)
-    first, later = (registration.add(layer(), HELD, buffers) for _ in range(2))
+    registration = Registration(cuda.calls)
+    first, later = (registration.add(layer(), HELD, buffers)[1] for _ in range(2))
     assert len(cuda.asked) == 2
     assert {number: part.rows.tolist() for number, part in first.items()} == {
         0: [False, False, False, True],
@@ -75,18 +96,73 @@ def test_without_staging_buffers_the_driver_copies(
         raise RuntimeError("cudaHostAlloc failed")
 
     monkeypatch.setattr("kt_kernel._ext.Staging", refuse)
-    registration = Registration(Cuda(0))
-    assert registration.add(layer(), HELD, buffers) == {}
+    registration = Registration(Cuda(0).calls)
+    assert registration.add(layer(), HELD, buffers)[1] == {}
     assert registration.summary(buffers).endswith(
         "90 bytes by the driver's own buffer, which is slower still: cudaHostAlloc failed"
     )
 
 
 def test_nothing_is_registered_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    registering(None)(np.zeros(1, np.uint8))
+    registering(None).register(np.zeros(1, np.uint8))
     monkeypatch.setenv(staging.STAGING_VARIABLE, "1")
     with pytest.raises(RuntimeError, match="_KT_GPU_PREFILL_STAGING is set"):
-        registering(None)(np.zeros(1, np.uint8))
+        registering(None).register(np.zeros(1, np.uint8))
+
+
+@pytest.mark.parametrize("how", ["released", "gone"])
+def test_what_is_registered_is_unregistered_once_before_it_goes(
+    buffers: StagingBuffers, how: str
+) -> None:
+    """Nothing else holds the layer's memory here; what was refused was never registered."""
+    cuda = Cuda(3)
+    slices = layer()
+    registered, _ = Registration(cuda.calls).add(slices, HELD, buffers)
+    arrays = [weakref.ref(array) for array in registered._memory]
+    slices.clear()
+    assert cuda.ended == []
+    assert all(array() is not None for array in arrays)
+    if how == "released":
+        registered.release()
+        registered.release()
+        assert sorted(cuda.ended) == sorted(cuda.asked[:3])
+    del registered
+    assert sorted(cuda.ended) == sorted(cuda.asked[:3])
+    assert all(array() is None for array in arrays)
+
+
+def test_a_forked_process_unregisters_nothing() -> None:
+    """It has no card: CUDA may be called in the parent alone."""
+    cuda = Cuda(1)
+    registered = Registered(cuda.unregister)
+    registered.add(np.zeros(3, np.uint8))
+    child = os.fork()
+    if child == 0:
+        registered.release()
+        os._exit(len(cuda.ended))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    registered.release()
+    assert cuda.ended == [(3,)]
+
+
+AT_THE_END = """
+import numpy as np
+from kt_kernel.gpu_prefill.staging import Registered
+kept = []
+for size in (1, 2, 3):
+    registered = Registered(lambda memory: print(memory.size, flush=True))
+    registered.add(np.zeros(size, np.uint8))
+    kept.append(registered)
+del registered
+kept.pop(1)
+"""
+
+
+def test_the_process_ends_without_unregistering() -> None:
+    """That of V3.2's 338 GB would keep the end waiting."""
+    program = [sys.executable, "-c", AT_THE_END]
+    found = subprocess.run(program, check=True, capture_output=True, text=True, timeout=60)
+    assert found.stdout == "2\n"
 
 
 def test_copying_threads_run_beside_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
