@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deploy.launch.by_card import attention_backend, choose_sizes, dense_attention, gpus_used
+from deploy.launch.by_card import (
+    attention_backend,
+    choose_sizes,
+    dense_attention,
+    gpus_used,
+    grows_segments,
+)
 from deploy.settings.config import Config
 from deploy.settings.row import AUTO, Flag, Setting
 from deploy.settings.table import TABLE
@@ -22,6 +28,9 @@ from kt_kernel.sglang_plugin.device import launch_environment
 SGLANG_MODULE = "sglang.launch_server"
 #: First word of the printed commands. What is started is the interpreter that runs this program.
 PYTHON = "python"
+#: What tells PyTorch's allocator how to take memory. torch 2.11 and 2.14 read both; some other
+#: programs, such as torch_memory_saver, look at the first only.
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 #: Values that are no secret, whatever the variable's name.
 SWITCHES = ("0", "1", "true", "false")
 
@@ -142,6 +151,7 @@ def serve_command(config: Config, machine: Machine) -> Command:
     """
     values, notes = resolve(config, machine)
     device = values["KT_DEVICE"]
+    allocator = _allocator_variables(config, values, machine)
     override = dict(values["KT_MODEL_OVERRIDE_ARGS"] or {})
     if values["KT_DENSE_ATTENTION"] == "on":
         override = {"index_topk": None, **override}
@@ -173,6 +183,7 @@ def serve_command(config: Config, machine: Machine) -> Command:
             **_serving_variables(config),
             **_keys(config),
             **_default_variables(config),
+            **allocator,
             **launch_environment(device, config.environment),
         },
         notes,
@@ -194,6 +205,16 @@ def _default_variables(config: Config) -> dict[str, str]:
     """
     variables = {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     return {name: value for name, value in variables.items() if name not in config.environment}
+
+
+def _allocator_variables(
+    config: Config, values: Mapping[str, Any], machine: Machine
+) -> dict[str, str]:
+    """PyTorch's allocator on the GPU, unless the user has told it something himself."""
+    if any(config.environment.get(name) for name in ALLOCATOR_VARIABLES):
+        return {}
+    grows = grows_segments(values, machine)
+    return {ALLOCATOR_VARIABLES[0]: "expandable_segments:True"} if grows else {}
 
 
 def convert_command(config: Config, machine: Machine) -> Command:

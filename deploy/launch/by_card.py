@@ -63,6 +63,26 @@ def attention_backend(values: Mapping[str, Any]) -> tuple[str, str]:
     return SPARSE_BACKENDS[0], "it does the model's sparse attention"
 
 
+def grows_segments(values: Mapping[str, Any], machine: Machine) -> bool:
+    """Whether PyTorch's allocator is to take the GPU's memory in segments that grow.
+
+    Else prompts of many lengths leave segments that fit none of the later ones
+    (docs/gpu-memory.md). Not where that cannot work or has not been tried: WSL, whose drivers fail
+    at it; cards without virtual memory; groups of GPUs, whose processes hand each other memory; and
+    with flags whose programs refuse such memory.
+    """
+    given = [word.partition("=")[0] for word in values["KT_EXTRA_ARGS"] or []]
+    # SGLang's parser takes any unambiguous beginning of a flag.
+    refused = any(flag.startswith(word) for word in given if len(word) > 2 for flag in _FIXED)
+    able = not machine.wsl and (machine.gpu is None or machine.gpu.virtual_memory)
+    return able and gpus_used(values) == 1 and not refused
+
+
+#: Flags of SGLang whose programs do not take memory of segments that grow: torch_memory_saver's,
+#: and those that send the KV cache to other servers.
+_FIXED = ("--enable-memory-saver", "--disaggregation-mode")
+
+
 def gpu_sizes(values: Mapping[str, Any], gpu: Gpu) -> GpuSizes:
     """The sizes of the model that these settings name, on cards like this one."""
     config = read_gpu_config(Path(values["KT_MODEL_PATH"]))

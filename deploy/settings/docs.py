@@ -55,8 +55,8 @@ FLAGS_INTRODUCTION = """\
 ## Flags we add, and why
 
 The tutorial's command alone does not run V3.2 on the tutorial's own card, which is older than
-Hopper, and its API lacks parts. `serve` therefore adds these flags after the tutorial's. Each has a
-setting to leave it out.
+Hopper, and its API lacks parts. `serve` therefore adds these flags after the tutorial's, and one
+variable before it. Each has a setting to leave it out.
 
 | Flag | Why | Leave it out with |
 |---|---|---|

@@ -345,5 +345,18 @@ TABLE: tuple[Setting, ...] = (
         "HF_HUB_OFFLINE", BOOLEAN, "", "Never ask the Hub; use what is downloaded already.",
         FOREIGN, ("download", "serve"), by_name=True,
     ),
+    Setting(
+        "PYTORCH_CUDA_ALLOC_CONF",
+        Text("options as in expandable_segments:True,name:value", r"\s*\w+\s*:.+"), "",
+        "How PyTorch takes memory of the GPU. Empty is `expandable_segments:True` on one GPU, and "
+        "PyTorch's own way on several, in WSL, on a card without virtual memory, and with "
+        "`--enable-memory-saver` or `--disaggregation-mode` in `KT_EXTRA_ARGS`.",
+        FOREIGN, ("serve",), by_name=True,
+        adds="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        reason="on one GPU only, a variable of the server's environment: otherwise prompts of many "
+        "lengths leave up to 3 GiB in pieces that no later one can use (docs/gpu-memory.md), which "
+        "a card of 24 GB does not have",
+        turn_off="PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False",
+    ),
 )
 # fmt: on

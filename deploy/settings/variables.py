@@ -28,6 +28,7 @@ HANDED_ON: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("convert", "serve", "check"),
     ),
     ("TRITON_*", "the Triton compiler", ("serve",)),
+    ("PYTORCH_ALLOC_CONF", "another name of PYTORCH_CUDA_ALLOC_CONF", ("serve",)),
     ("OMP_*", "OpenMP threads of torch", ("convert", "serve")),
     (
         "*_PROXY",

@@ -12,6 +12,7 @@ from pathlib import Path
 _CUDA_ERROR_NO_DEVICE = 100
 # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT and CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _MULTIPROCESSORS, _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 16, 75, 76
+_VIRTUAL_MEMORY = 102  # CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Gpu:
         used_bytes: memory of the card that is in use; None if the driver does not tell.
         count: GPUs that this process may use.
         multiprocessors: of the card; 0 if the driver does not tell.
+        virtual_memory: the card maps memory to addresses later (``cuMemMap``); not every vGPU does.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Gpu:
     used_bytes: int | None = None
     count: int = 1
     multiprocessors: int = 0
+    virtual_memory: bool = True
 
     @property
     def free_bytes(self) -> int:
@@ -106,6 +109,7 @@ def _describe_gpu(driver: ctypes.CDLL, device: ctypes.c_int, count: int) -> Gpu:
         used_bytes=used,
         count=count,
         multiprocessors=attribute(_MULTIPROCESSORS),
+        virtual_memory=bool(attribute(_VIRTUAL_MEMORY)),
     )
 
 

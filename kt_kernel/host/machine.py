@@ -13,7 +13,7 @@ from kt_kernel.host.cpus import (
     within_quota,
 )
 from kt_kernel.host.gpus import Gpu, find_gpu
-from kt_kernel.host.limits import read_cpu_quota
+from kt_kernel.host.limits import is_wsl, kernel_release, read_cpu_quota
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Machine:
         cpu_quota: CPUs' worth of time the control group grants, None if unlimited.
         gpu: None if there is no GPU to use.
         gpu_problem: why there is none although there should be one; else empty.
+        wsl: it is a Windows Subsystem for Linux.
     """
 
     cpus: int
@@ -35,6 +36,7 @@ class Machine:
     cpu_quota: float | None
     gpu: Gpu | None
     gpu_problem: str = ""
+    wsl: bool = False
 
     @property
     def usable_cpus(self) -> int:
@@ -60,4 +62,5 @@ def survey(root: Path = Path("/")) -> Machine:
         cpu_quota=read_cpu_quota(root),
         gpu=gpu,
         gpu_problem=gpu_problem,
+        wsl=is_wsl(kernel_release(root)),
     )

@@ -44,7 +44,7 @@ def clean_environment(**settings: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("KT_", "HF_", "SGLANG_", "CUDA_"))
+        if not name.startswith(("KT_", "HF_", "SGLANG_", "CUDA_", "PYTORCH_"))
         and not name.upper().endswith("_PROXY")
     }
     ours = {"HF_HUB_DISABLE_TELEMETRY": "1", "KT_RUN_DIR": RUN_DIR.name}

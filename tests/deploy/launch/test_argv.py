@@ -20,6 +20,7 @@ from tests.deploy.helpers import H200, L20, LAPTOP, REPOSITORY, run, with_gpu
 from tests.deploy.tutorial_commands import CONVERT, LAUNCH, words
 
 TUTORIAL = REPOSITORY / "env" / "tutorial.env"
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 SPECIALE = REPOSITORY / "env" / "speciale.env"
 ADDED = [
     "--json-model-override-args",
@@ -64,6 +65,7 @@ def test_print_is_a_shell_command() -> None:
     variables = [
         "HF_HUB_DISABLE_IMPLICIT_TOKEN=1",
         "KT_DEVICE=cuda",
+        "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
     ]
     assert words(result.stdout) == ["env", *variables, *words(LAUNCH), *ADDED]
     assert result.stdout.count("\n") == 1
@@ -89,21 +91,67 @@ def test_every_added_flag_can_be_turned_off() -> None:
             name, _, text = setting.turn_off.partition("=")
             assert name == setting.name
             settings[name] = text
-    assert serve(LAPTOP, (TUTORIAL,), **settings) == words(LAUNCH)
+    command = serve_command(load(settings, [TUTORIAL]), LAPTOP)
+    assert command.argv == words(LAUNCH)
+    assert ALLOCATOR not in command.environment
 
 
 @pytest.mark.parametrize("setting", [s for s in TABLE if s.adds], ids=lambda s: s.name)
 def test_added_flags_are_what_the_docs_say(setting: Setting) -> None:
-    """Each documented flag appears in at least one situation, as written."""
+    """Each documented flag or variable appears in at least one situation, as written."""
+    speciale = {"KT_MODEL_ID": "deepseek-ai/DeepSeek-V3.2-Speciale"}
     commands = [
-        serve(LAPTOP),
-        serve(with_gpu(L20)),
-        serve(with_gpu(L20), KT_MODEL_ID="deepseek-ai/DeepSeek-V3.2-Speciale"),
+        words(serve_command(load(settings), machine).shown())
+        for machine, settings in ((LAPTOP, {}), (with_gpu(L20), {}), (with_gpu(L20), speciale))
     ]
     documented = shlex.split(setting.adds)
     assert any(
         argv[i : i + len(documented)] == documented for argv in commands for i in range(len(argv))
     )
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings"),
+    [
+        (with_gpu(L20), {}),
+        (with_gpu(H200), {"PYTORCH_ALLOC_CONF": ""}),  # as compose hands on what nobody set
+        (LAPTOP, {"KT_DEVICE": "cuda"}),
+        (with_gpu(L20), {"KT_EXTRA_ARGS": "--enable-torch-compile --dtype float16 -x"}),
+    ],
+)
+def test_one_gpu_gives_its_memory_in_segments_that_grow(
+    machine: Machine, settings: dict[str, str]
+) -> None:
+    environment = serve_command(load(settings), machine).environment
+    assert environment[ALLOCATOR] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings"),
+    [
+        (LAPTOP, {}),
+        (with_gpu(L20), {"KT_DEVICE": "cpu"}),
+        (with_gpu(L20), {"KT_TENSOR_PARALLEL_SIZE": "2"}),
+        (replace(with_gpu(L20), wsl=True), {}),
+        (with_gpu(replace(L20, virtual_memory=False)), {}),
+        (with_gpu(L20), {"KT_EXTRA_ARGS": "--enable-memory-saver"}),
+        (with_gpu(L20), {"KT_EXTRA_ARGS": "--disaggregation-mod=decode"}),
+        (with_gpu(L20), {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}),
+        (with_gpu(L20), {ALLOCATOR: "backend:cudaMallocAsync"}),
+    ],
+)
+def test_memory_that_does_not_grow(machine: Machine, settings: dict[str, str]) -> None:
+    """Where it fails or has not been tried, and where the user has said something himself."""
+    assert ALLOCATOR not in serve_command(load(settings), machine).environment
+
+
+def test_the_allocators_options_in_an_env_file_are_handed_on(tmp_path: Path) -> None:
+    file = tmp_path / "a.env"
+    for name in (ALLOCATOR, "PYTORCH_ALLOC_CONF"):
+        file.write_text(f"{name}=max_split_size_mb:64\n")
+        environment = serve_command(load({}, [file], "serve"), with_gpu(L20)).environment
+        found = {key: text for key, text in environment.items() if key.startswith("PYTORCH_")}
+        assert found == {name: "max_split_size_mb:64"}
 
 
 def test_booleans_and_none_leave_flags_out() -> None:
@@ -271,6 +319,7 @@ def test_variables_of_env_files_reach_the_server(tmp_path: Path) -> None:
         "SGLANG_X": "1",
         "KT_DEVICE": "cuda",
         hub: "1",
+        ALLOCATOR: "expandable_segments:True",
     }
     with file.open("a") as lines:
         lines.write(f"{hub}=0\n")

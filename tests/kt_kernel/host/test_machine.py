@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from kt_kernel.host.machine import Machine, survey
+from tests.kt_kernel.host.fake_machine import write
 
 
 def test_this_machine() -> None:
     machine = survey()
     assert 1 <= machine.numa_nodes <= machine.cores <= machine.cpus
     assert 1 <= machine.expert_threads(1) <= machine.expert_threads(0) <= machine.cores
+
+
+@pytest.mark.parametrize(
+    ("release", "wsl"), [("6.18.33.2-microsoft-standard-WSL2", True), ("6.8.0-45-generic", False)]
+)
+def test_wsl(tmp_path: Path, release: str, wsl: bool) -> None:
+    write(tmp_path, {"proc/sys/kernel/osrelease": f"{release}\n"})
+    assert survey(tmp_path).wsl == wsl
 
 
 @pytest.mark.parametrize(
