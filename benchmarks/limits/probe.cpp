@@ -208,8 +208,12 @@ bool has_avx512_vnni() {
 struct Products {
   const char* name;
   bool (*supported)();
-  void (*run)(uint64_t rounds);
-  double operations;  // of one round; a product and its sum are two
+  void (*loop)(uint64_t rounds);  // at least one
+  double operations;              // of one round; a product and its sum are two
+
+  void run(int64_t rounds) const {
+    if (rounds > 0) loop(static_cast<uint64_t>(rounds));
+  }
 };
 
 // What a busy hyperthread slows most, so it watches the cores, too.
@@ -280,7 +284,7 @@ double probe_products(int isa, const int* cpus, int threads, int64_t rounds, int
     for (int repeat = 0; repeat < repeats; ++repeat) {
       barrier.wait();
       const auto start = Clock::now();
-      kProducts[isa].run(static_cast<uint64_t>(rounds));
+      kProducts[isa].run(rounds);
       barrier.wait();
       if (t == 0) seconds[repeat] = seconds_since(start);
     }
@@ -301,7 +305,7 @@ double probe_products_watched(int isa, const int* cpus, int threads, int64_t rou
     for (int repeat = 0; repeat < repeats; ++repeat) {
       const auto timed = [](const Products& products, int64_t count) {
         const auto start = Clock::now();
-        products.run(static_cast<uint64_t>(count));
+        products.run(count);
         return seconds_since(start);
       };
       barrier.wait();
