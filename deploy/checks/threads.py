@@ -50,7 +50,7 @@ def check_threads(situation: Situation) -> Iterator[Finding]:
         yield Finding(
             Status.WARN,
             f"KT_CPUINFER of at most {auto}, which leaves {cpus_beside_experts(gpus)} CPUs to "
-            f"SGLang's schedulers and CUDA's host functions",
+            "SGLang's schedulers and the thread that starts CUDA graphs' calls",
             f"{threads} threads for {machine.usable_cpus} CPUs",
             f"each layer would wait for time slices: set KT_CPUINFER={auto} or auto",
         )

@@ -104,7 +104,7 @@ def resolve(
         why += f", a quota of {machine.cpu_quota:g} CPUs"
     if gpus:
         beside = cpus_beside_experts(gpus)
-        why += f", {beside} CPUs left for SGLang's schedulers and CUDA's host functions"
+        why += f", {beside} CPUs left for SGLang's schedulers and for starting CUDA graphs' calls"
     choose("KT_CPUINFER", machine.expert_threads(gpus), why)
     choose(
         "KT_THREADPOOL_COUNT",

@@ -108,15 +108,22 @@ def test_the_parts_of_a_step_add_up(found: dict[str, Any]) -> None:
     assert sum(parts.values()) == pytest.approx(0.121)
     assert parts["reading the experts"] == pytest.approx(0.1055, rel=0.01)
     assert parts["CPU experts besides reading"] == pytest.approx(58 * 1.905e-3 - 0.1055, rel=0.05)
-    assert parts["host functions and waking"] == pytest.approx(58 * 45e-6)
+    assert parts["starting and ending calls"] == pytest.approx(58 * 45e-6)
     assert parts["copies"] == pytest.approx(58e-5)
     assert parts["GPU kernels"] == pytest.approx(0.0005 + 58e-4)
     assert parts["GPU idle"] == pytest.approx(1e-4)
     assert found["parts"] == parts
     for server in found["servers"][:2]:
         server["step"] = None
-    assert result.parts_of_step(found) is None
+    found = result.derive(found)
+    assert found["parts"] is None
     assert "the CPUs' experts take 73% of a step of 8 MoE layers" in "\n".join(result.answer(found))
+
+
+def test_an_older_results_parts_keep_their_names(found: dict[str, Any]) -> None:
+    """Those measured with host functions are told as such."""
+    found["parts"] = {"host functions and waking": 0.0121}
+    assert "host functions and waking 12.1 ms (10%)." in "\n".join(result.answer(found))
 
 
 def test_one_number_of_layers_makes_no_promise(found: dict[str, Any]) -> None:
