@@ -9,8 +9,9 @@ from deploy.settings.variables import BY_NAME, stages_of
 from deploy.state import HOST, SERVERS
 from tests.compose.files import REPOSITORY, services
 
+_IN_CAPITALS = ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "ALL_PROXY")
 #: That may have a password in them.
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+PROXIES = (*_IN_CAPITALS, *map(str.lower, _IN_CAPITALS))
 
 
 def test_after_the_check_all_stages_start_and_take_turns() -> None:
@@ -35,7 +36,7 @@ def test_status_sees_what_each_of_several_servers_does() -> None:
 
 
 def test_proxies_and_keys_are_for_the_stages_that_read_them() -> None:
-    names = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"}
+    names = {*_IN_CAPITALS, "NO_PROXY"}
     found = services()
     for name in ("preflight", "convert", "serve", "status", "client"):
         given = found[name]["environment"]

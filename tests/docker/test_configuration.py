@@ -105,6 +105,7 @@ def test_a_secret_in_the_settings_file_reaches_who_needs_it_only(
         "HF_ENDPOINT": {"preflight", "download"},
         "HTTPS_PROXY": {"download"},
         "https_proxy": {"download"},
+        "FTP_PROXY": {"download"},
     }
     settings = tmp_path / "settings"
     settings.write_text("".join(f"{name}=http://me:secret-{name}@host\n" for name in readers))
