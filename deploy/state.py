@@ -143,6 +143,24 @@ def _take_lock(path: Path) -> int | None:
     return fd
 
 
+def _forget_ended(directory: Path, stage: str) -> None:
+    """Remove the states of ended processes beside ``directory``: of containers that it replaces.
+
+    Only for a directory that is new. A process that an engine starts again has one already, and
+    takes no other's: when all fail, what each left says so. The lock is held meanwhile, so that a
+    process that starts there waits and then writes its state.
+    """
+    for path in directory.parent.glob(f"*/{stage}.json"):
+        lock_path = _lock_path(path.parent, stage)
+        if path.parent == directory or _is_locked(lock_path):
+            continue
+        fd = _take_lock(lock_path)
+        if fd is not None and fd >= 0:
+            with suppress(OSError):
+                path.unlink()
+            os.close(fd)
+
+
 def _is_locked(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -243,6 +261,8 @@ class StageState:
         self._lock = threading.Lock()
         self._lock_fd = _take_lock(_lock_path(directory, stage))
         self._silent = self._lock_fd is None
+        if directory.parent.name == SERVERS and read_state(directory, stage) is None:
+            _forget_ended(directory, stage)
         self._state = State(
             stage,
             "starting",

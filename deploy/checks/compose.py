@@ -12,6 +12,8 @@ from deploy.settings.compose_names import COMPOSE, RENAMED
 #: How much a name is like one of compose's to be taken for a misspelt one: containers have
 #: variables of many programs. One letter of six is another.
 _LIKE = 0.83
+#: By how many letters its length differs then: IMAGE_TAG is not IMAGE_TARGET.
+_LETTERS = 2
 
 
 @check("compose-variables", serve=False)
@@ -32,13 +34,19 @@ def check_compose_variables(situation: Situation) -> Iterator[Finding]:
                 f"{name}, which is ignored",
                 f"set {new} in its place (docs/operations.md has its values)",
             )
-        elif near := difflib.get_close_matches(name, COMPOSE, n=1, cutoff=_LIKE):
+        elif near := _nearest(name):
             found = True
             yield Finding(
                 Status.WARN,
                 "variables of docker-compose.yml by their names",
                 f"{name}, which is ignored",
-                f"did you mean {near[0]}?",
+                f"did you mean {near}?",
             )
     if not found:
         yield Finding(Status.PASS, "no old or misspelt name of a variable of compose", "none")
+
+
+def _nearest(name: str) -> str | None:
+    """The variable of compose that was meant, if this may be a misspelt one."""
+    as_long = [known for known in COMPOSE if abs(len(known) - len(name)) <= _LETTERS]
+    return next(iter(difflib.get_close_matches(name, as_long, n=1, cutoff=_LIKE)), None)

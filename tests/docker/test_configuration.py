@@ -102,9 +102,10 @@ def test_a_secret_in_the_settings_file_reaches_who_needs_it_only(
         "HUGGING_FACE_HUB_TOKEN": {"download"},
         "KT_API_KEY": {"preflight", "serve", "client", "router"},
         "KT_ADMIN_KEY": {"preflight", "serve", "router"},
-        "HF_ENDPOINT": {"download"},
+        "HF_ENDPOINT": {"preflight", "download"},
         "HTTPS_PROXY": {"download"},
         "https_proxy": {"download"},
+        "FTP_PROXY": {"download"},
     }
     settings = tmp_path / "settings"
     settings.write_text("".join(f"{name}=http://me:secret-{name}@host\n" for name in readers))

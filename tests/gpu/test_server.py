@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.serve, pytest.mark.gpu]
 
 TIMED_TOKENS = 128
 PROMPT = list(range(10, 42))
+SAME_ANSWERS = 0.95
+"""Of all, at least, where other experts have another number format."""
 
 #: SGLang 0.5.16 captures no prefill of a model with MLA unless told; it is 0.5.23's own choice.
 PREFILL_BACKEND = "--cuda-graph-backend-prefill breakable"
@@ -101,7 +103,12 @@ def test_answers_are_those_of_the_cpu_mode(
 def test_the_most_used_experts_on_the_card(
     settings: dict[str, str], prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    """A server counts; the next one moves its most used experts there, and answers the same."""
+    """A server counts; the next one moves its most used experts there, and answers as well.
+
+    Not to the letter: the experts that move are computed with the checkpoint's FP8 weights instead
+    of INT4 ones, and those that leave the other way round, so that a near tie of two tokens may
+    turn. Experts in a wrong order would leave few answers the same.
+    """
     counted = {**settings, "KT_NUM_GPU_EXPERTS": "4", "KT_EXPERT_COUNTS": str(tmp_path / "counts")}
     with Server(counted, tmp_path / "first.log") as server:
         first = ask_all(server, prompts, tmp_path)
@@ -116,7 +123,14 @@ def test_the_most_used_experts_on_the_card(
     assert found is not None, log
     print(f"share of the pairs on the card: {found[1]}%, of experts 0 to 3 {found[2]}%")
     assert float(found[1]) > float(found[2])
-    assert [a.text for a in first] == [a.text for a in then]
+    compared = summary(first, then)
+    different = [
+        (a.prompt.question, a.text, b.text)
+        for a, b in zip(first, then, strict=True)
+        if a.text != b.text
+    ]
+    assert compared["same answers"] >= SAME_ANSWERS, different
+    assert compared["accuracy"] >= summary(first, first)["accuracy"], different
 
 
 def replayed(log: str, phase: str) -> set[bool]:

@@ -55,6 +55,12 @@ def test_a_misspelt_name_is_a_warning(name: str, near: str) -> None:
     assert found.todo == f"did you mean {near}?"
 
 
+def test_a_name_of_another_meaning_is_no_misspelt_one() -> None:
+    """For IMAGE_TAG, of somebody's own, a warning suggested IMAGE_TARGET, a stage of the build."""
+    (found,) = results(IMAGE_TAG="1.0")
+    assert (found.status, found.todo) == ("PASS", "")
+
+
 def test_outside_of_compose_such_names_are_anybodys() -> None:
     here = situation(Path("/"))
     here = replace(here, environment={"GPU_COUNT": "2", "MODEL": "x"})

@@ -22,6 +22,7 @@ from deploy.stages.status import RESTART_SECONDS, Deployment, listen, tell_each
 from deploy.state import (
     StageState,
     State,
+    read_state,
     write_state,
 )
 from kt_kernel.host.addresses import free_port
@@ -180,6 +181,26 @@ def test_several_servers_that_all_failed(
     assert told(alone)[0] == "failed: no card"
     router(200, {"healthy_workers": 1})
     assert told(deployment)[0] == "ready 1 of 2 servers"
+
+
+def test_a_replaced_container_is_not_one_of_the_servers_that_failed(
+    tmp_path: Path, router: Callable[[int, object], str]
+) -> None:
+    """What it left counted: with one failed server of two, `make up` ended with "all 2 servers"."""
+    deployment = Deployment(tmp_path, router(503, {"status": "not ready"}), True, servers=2)
+    old, second, new = (tmp_path / "servers" / name for name in ("old", "second", "new"))
+    write_state(tmp_path, State("check", "done", started=1.0))
+    write_state(old, State("serve", "failed", "no card", started=2.0))
+    with other_process(second, "serve", "loading"):
+        as_of_another_container(second, "serve")
+        StageState(new, "serve").fail("no card")
+        assert read_state(second, "serve") is not None  # it lives
+    (second / "serve.json").unlink()
+    assert told(deployment)[0] == "loading 0 of 2 servers"
+    # When one is started again, what the others left stays: all of them may have failed.
+    write_state(second, State("serve", "failed", "no memory", started=2.0))
+    StageState(new, "serve").fail("no card")
+    assert told(deployment)[0] == "failed: all 2 servers: no card; no memory"
 
 
 def test_each_stage_says_why_it_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
