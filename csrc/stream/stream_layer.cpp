@@ -66,8 +66,9 @@ void StreamContext::fail(const std::string& reason) {
   if (failure_.empty()) failure_ = reason;
 }
 
-void StreamContext::use_flags(const std::string& driver, std::chrono::milliseconds limit) {
-  if (!flags_) flags_ = std::make_unique<Flags>(runtime, find_memory_ops(runtime, driver));
+void StreamContext::use_flags(const std::string& driver, std::chrono::milliseconds limit,
+                              std::chrono::milliseconds nap) {
+  if (!flags_) flags_.reset(new Flags(runtime, find_memory_ops(runtime, driver), nap));
   flags_->prove(limit);
   flags_proven_ = flags_used_ = true;
 }

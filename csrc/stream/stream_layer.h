@@ -68,7 +68,9 @@ class StreamContext {
 
   // Has calls that are captured from now on started and ended by flags, after a proof that this
   // works. Throws std::runtime_error, with a reason, where it does not: host functions do it then.
-  void use_flags(const std::string& driver, std::chrono::milliseconds limit);
+  // `nap` is for tests: the thread's, once it sleeps.
+  void use_flags(const std::string& driver, std::chrono::milliseconds limit,
+                 std::chrono::milliseconds nap);
   // The same again, or not; for comparing both. Throws where use_flags has not succeeded.
   void set_flags(bool used);
   bool flags() const { return flags_used_; }
@@ -100,7 +102,7 @@ class StreamContext {
   std::list<Running> running_;
   std::array<std::atomic<size_t>, 2> turns_{};
   std::atomic<bool> flags_proven_{false}, flags_used_{false};
-  std::unique_ptr<Flags> flags_;  // last: its thread ends first
+  std::unique_ptr<Flags, Flags::EndInOwnProcess> flags_;  // last: its thread ends first
 };
 
 // The calls of one layer.
