@@ -268,7 +268,7 @@ class StreamContext:
     """
 
     def __init__(self, library: str) -> None: ...
-    def use_flags(self, driver: str, seconds: float = 5.0) -> None:
+    def use_flags(self, driver: str, seconds: float = 5.0, nap: float = 0.01) -> None:
         """Start the thread that watches the words, and replay a graph to prove that they work.
 
         Legal while a graph is being captured, but better done before.
@@ -276,6 +276,7 @@ class StreamContext:
         Args:
             driver: path or name of the CUDA driver, which must be loaded already.
             seconds: how long a step of the proof may take.
+            nap: seconds after which the idle thread looks by itself; the first proof's counts.
 
         Raises:
             RuntimeError: the driver is not loaded, or what does not work here.

@@ -60,10 +60,12 @@ void bind_stream(py::module_& module) {
           py::arg("seconds"), py::call_guard<WithoutGil>())
       .def(
           "use_flags",
-          [](StreamContext& context, const std::string& driver, double seconds) {
-            context.use_flags(driver, checked_limit(seconds));
+          // A nap of 10 ms takes a thousandth of a CPU.
+          [](StreamContext& context, const std::string& driver, double seconds, double nap) {
+            context.use_flags(driver, checked_limit(seconds), checked_limit(nap));
           },
-          py::arg("driver"), py::arg("seconds") = 5.0, py::call_guard<WithoutGil>())
+          py::arg("driver"), py::arg("seconds") = 5.0, py::arg("nap") = 0.01,
+          py::call_guard<WithoutGil>())
       .def_property("flags", &StreamContext::flags, &StreamContext::set_flags);
 
   py::class_<StreamLayer>(module, "StreamLayer")

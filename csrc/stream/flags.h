@@ -6,7 +6,7 @@
 //   wait: until done == number
 //
 // Host functions do the same, but CUDA starts each on a thread of its own, and whoever waits for
-// the workers there has to be woken: together 0.17 ms of a layer's 1.7 in decode.
+// the workers there has to be woken: 0.13 ms of a layer's 1.7 in decode (docs/performance.md).
 #pragma once
 
 #include <array>
@@ -42,18 +42,26 @@ class Flags {
     virtual void finish() noexcept = 0;
   };
 
-  // Starts the thread. Throws std::runtime_error for what CUDA refuses.
-  Flags(const CudaRuntime& runtime, const MemoryOps& ops);
+  // Starts the thread, which looks by itself this often where nothing wakes it. Throws
+  // std::runtime_error for what CUDA refuses.
+  Flags(const CudaRuntime& runtime, const MemoryOps& ops, std::chrono::milliseconds nap);
   ~Flags();
   Flags(const Flags&) = delete;
   Flags& operator=(const Flags&) = delete;
+
+  // In a forked process there is no thread to end, and what it waited with must not be destroyed:
+  // a condition variable's end waits for whoever waits there, of whom the fork has a copy.
+  struct EndInOwnProcess {
+    void operator()(Flags* flags) const;
+  };
 
   // Replays a graph of one call on a stream of its own; legal while others are being captured.
   // Throws std::runtime_error that says what did not happen within the limit.
   void prove(std::chrono::milliseconds limit);
 
   // Moves the thread away from the CPUs of workers, if there are others: they are pinned, and a
-  // thread that polls beside one would take half of its time.
+  // thread that polls beside one would take half of its time. Where there are none it offers its
+  // CPU to them instead.
   void keep_off(const std::vector<std::vector<int>>& cpus);
 
   // Before what a graph's first call puts on the stream: a host function that wakes the thread.
@@ -67,6 +75,11 @@ class Flags {
  private:
   using Clock = std::chrono::steady_clock;
   class Probe;
+  // A proof's, which the device may still be busy with.
+  struct Replayed {
+    CudaStream stream = nullptr;
+    void *graph = nullptr, *executable = nullptr;
+  };
 
   // A cache line for each, so that a write of the device takes no other word from a CPU.
   struct alignas(64) Word {
@@ -76,10 +89,18 @@ class Flags {
     std::array<Word, kSets> doorbells, done;
   };
   static_assert(std::atomic<uint32_t>::is_always_lock_free);
+  // Pages of their own, which no fork has: with a copy of a page that the device writes either
+  // process could get the one that it does not.
+  struct Unmap {
+    void operator()(Words* words) const;
+  };
+  static std::unique_ptr<Words, Unmap> map_words();
 
   uint64_t on_device(const Word& word) const;
   void put(CudaStream stream, MemoryOp* ops, unsigned count) const;
-  void prove_replays(CudaStream stream, void* executable, std::chrono::milliseconds limit);
+  void prove_replays(Probe& probe, CudaStream stream, void* executable,
+                     std::chrono::milliseconds limit);
+  bool end_replayed();
 
   void poll();
   bool start_rung();
@@ -92,10 +113,12 @@ class Flags {
   const MemoryOps ops_;
   // Own memory that is registered with CUDA: what CUDA allocates goes at the process's end, while
   // the thread still polls.
-  const std::unique_ptr<Words> words_ = std::make_unique<Words>();
+  std::unique_ptr<Words, Unmap> words_ = map_words();
   uint64_t words_on_device_ = 0;
   const int process_;  // whose thread it is: a fork has none
-  std::unique_ptr<Probe> probe_;
+  // By proof: what a graph of one refers to stays forever.
+  std::vector<std::unique_ptr<Probe>> probes_;
+  std::vector<Replayed> replayed_;
 
   std::mutex calls_mutex_;
   std::vector<Call*> calls_;  // by number - 1
@@ -108,6 +131,8 @@ class Flags {
   };
   std::array<Running, kSets> running_;
 
+  const std::chrono::milliseconds nap_;
+  std::atomic<bool> yields_{false};  // no CPU is left besides the workers'
   std::mutex nap_mutex_;
   std::condition_variable woken_;
   bool wake_ = false;

@@ -66,8 +66,9 @@ void StreamContext::fail(const std::string& reason) {
   if (failure_.empty()) failure_ = reason;
 }
 
-void StreamContext::use_flags(const std::string& driver, std::chrono::milliseconds limit) {
-  if (!flags_) flags_ = std::make_unique<Flags>(runtime, find_memory_ops(runtime, driver));
+void StreamContext::use_flags(const std::string& driver, std::chrono::milliseconds limit,
+                              std::chrono::milliseconds nap) {
+  if (!flags_) flags_.reset(new Flags(runtime, find_memory_ops(runtime, driver), nap));
   flags_->prove(limit);
   flags_proven_ = flags_used_ = true;
 }
@@ -97,12 +98,13 @@ void StreamContext::end_overdue(std::chrono::milliseconds limit) {
 
 struct StreamLayer::Call final : Flags::Call {
   Call(std::shared_ptr<StreamContext> c, std::shared_ptr<Layer> l, int idx, const CallInputs& in,
-       size_t bytes, const StreamContext::Pinned& memory, bool in_graph)
+       size_t bytes, size_t its_set, const StreamContext::Pinned& memory, bool in_graph)
       : context(std::move(c)),
         layer(std::move(l)),
         layer_idx(idx),
         inputs(in),
         out_bytes(bytes),
+        set(its_set),
         pinned(memory),
         captured(in_graph) {}
 
@@ -111,6 +113,7 @@ struct StreamLayer::Call final : Flags::Call {
   const int layer_idx;
   const CallInputs inputs;  // in pinned memory
   const size_t out_bytes;
+  const size_t set;  // of pinned memory and of words
   const StreamContext::Pinned pinned;
   const bool captured;
   uint32_t number = 0;  // of its flags, if it has some
@@ -140,7 +143,7 @@ StreamLayer::StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr
     : context_(std::move(context)),
       layer_(std::move(layer)),
       layer_idx_(layer_idx),
-      set_(static_cast<size_t>(layer_idx % 2 + (deferred ? 2 : 0))) {
+      deferred_(deferred) {
   if (layer_idx < 0) fail_argument("layer_idx is ", layer_idx, ": expected at least 0");
   if (context_->flags()) context_->flags_->keep_off(layer_->worker_cpus());
 }
@@ -219,13 +222,14 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
                                    static_cast<int64_t>(layer_->row_bytes(inputs.dtype)),
                                    top_k * inputs.ids.bytes(), top_k};
   const bool captured = capture == kCaptureActive;
+  const size_t set = context_->next_set(deferred_);
   const StreamContext::Pinned pinned =
-      captured ? context_->captured(shape, set_) : context_->passing(shape, set_);
+      captured ? context_->captured(shape, set) : context_->passing(shape, set);
   const CallInputs fetched{pinned.x, inputs.dtype, inputs.tokens,
                            ExpertIds{pinned.ids, inputs.ids.is_int64},
                            reinterpret_cast<const float*>(pinned.weights)};
-  auto call =
-      std::make_unique<Call>(context_, layer_, layer_idx_, fetched, out_bytes, pinned, captured);
+  auto call = std::make_unique<Call>(context_, layer_, layer_idx_, fetched, out_bytes, set, pinned,
+                                     captured);
   Flags* const flags = captured && context_->flags() ? context_->flags_.get() : nullptr;
   if (flags != nullptr) flags->begin(stream);
   const auto fetch = [&](uint8_t* to, const void* from, int64_t bytes) {
@@ -237,15 +241,16 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
   fetch(pinned.weights, inputs.weights, inputs.tokens * top_k * 4);
   if (captured) captured_calls_.reserve(captured_calls_.size() + 1);  // nothing fails after this:
   if (flags != nullptr)
-    call->number = flags->ring(stream, set_, *call);
+    call->number = flags->ring(stream, set, *call);
   else
     cuda.check(cuda.launch_host_func(stream, start, call.get()), "cudaLaunchHostFunc");
+  context_->take_turn(deferred_);
   pending_ = call.release();  // the stream has it; finish deletes what was not captured
   if (captured) captured_calls_.push_back(pending_);
 }
 
 void StreamLayer::wait_for(CudaStream stream, Call* call) {
-  if (call->number != 0) return context_->flags_->wait(stream, set_, call->number);
+  if (call->number != 0) return context_->flags_->wait(stream, call->set, call->number);
   const CudaRuntime& cuda = context_->runtime;
   cuda.check(cuda.launch_host_func(stream, finish, call), "cudaLaunchHostFunc");
 }

@@ -28,8 +28,9 @@
 namespace kt {
 
 // What the calls of all layers share: pinned memory, and what has gone wrong. Calls follow each
-// other on one stream, so layers take turns with two sets of memory, and with two more for the
-// experts that they defer: those calls end in the next layer.
+// other on one stream, so they take turns with two sets of memory, and those of deferred experts
+// with two more: such a call ends in the next layer, whose own is on the stream before that. Turns
+// go by submits and not by the layers' indices: a model may have MoE layers at every second one.
 class StreamContext {
  public:
   explicit StreamContext(const CudaRuntime& loaded) : runtime(loaded) {}
@@ -67,7 +68,9 @@ class StreamContext {
 
   // Has calls that are captured from now on started and ended by flags, after a proof that this
   // works. Throws std::runtime_error, with a reason, where it does not: host functions do it then.
-  void use_flags(const std::string& driver, std::chrono::milliseconds limit);
+  // `nap` is for tests: the thread's, once it sleeps.
+  void use_flags(const std::string& driver, std::chrono::milliseconds limit,
+                 std::chrono::milliseconds nap);
   // The same again, or not; for comparing both. Throws where use_flags has not succeeded.
   void set_flags(bool used);
   bool flags() const { return flags_used_; }
@@ -84,6 +87,10 @@ class StreamContext {
     std::chrono::steady_clock::time_point since;
   };
 
+  // The set of the next call of its kind, which takes the turn if its submit succeeds.
+  size_t next_set(bool deferred) const { return turns_[deferred] % 2 + (deferred ? 2 : 0); }
+  void take_turn(bool deferred) { ++turns_[deferred]; }
+
   uint8_t* allocate(size_t bytes);
   Pinned carve(const Shape& shape);
 
@@ -93,8 +100,9 @@ class StreamContext {
   std::array<Pinned, kSets> passing_;
   std::string failure_;
   std::list<Running> running_;
+  std::array<std::atomic<size_t>, 2> turns_{};
   std::atomic<bool> flags_proven_{false}, flags_used_{false};
-  std::unique_ptr<Flags> flags_;  // last: its thread ends first
+  std::unique_ptr<Flags, Flags::EndInOwnProcess> flags_;  // last: its thread ends first
 };
 
 // The calls of one layer.
@@ -123,7 +131,7 @@ class StreamLayer {
   const std::shared_ptr<StreamContext> context_;
   const std::shared_ptr<Layer> layer_;
   const int layer_idx_;
-  const size_t set_;  // of pinned memory
+  const bool deferred_;
   Call* pending_ = nullptr;
   std::vector<Call*> captured_calls_;  // graphs refer to them, so they stay forever
 };

@@ -255,8 +255,12 @@ def cases(stream_library: str) -> dict[str, Calls]:
         ),
         "StreamContext.use_flags": with_each(
             context.use_flags,
-            {"driver": stream_library, "seconds": 1.0},
-            {"driver": ["", "/nowhere", "libc.so.6", None, 1], "seconds": [-1, np.nan, 1e300]},
+            {"driver": stream_library, "seconds": 1.0, "nap": 0.01},
+            {
+                "driver": ["", "/nowhere", "libc.so.6", None, 1],
+                "seconds": [-1, np.nan, 1e300],
+                "nap": [-1, np.nan, 1e300],
+            },
         ),
         "StreamContext.register_memory": with_each(
             context.register_memory,

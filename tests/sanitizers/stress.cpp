@@ -165,7 +165,7 @@ void run(const std::string& library, int calls) {
   for (std::thread& thread : threads) thread.join();
 
   const auto context = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
-  context->use_flags(library, std::chrono::minutes(1));
+  context->use_flags(library, std::chrono::minutes(1), std::chrono::milliseconds(10));
   kt::StreamLayer first(context, layers[0], 0, false), second(context, layers[1], 1, false);
   void* const stream = fake_stream();
   std::vector<OnDevice> batches(inputs.begin(), inputs.end());

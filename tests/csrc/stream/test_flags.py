@@ -6,8 +6,9 @@ import ctypes
 import gc
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,64 @@ def test_a_call_that_its_graph_does_not_wait_for(stream: Stream) -> None:
     assert context.failure == ""
 
 
+def threads() -> set[str]:
+    return {task.name for task in Path("/proc/self/task").iterdir()}
+
+
+def test_a_proof_whose_graph_runs_after_it_was_given_up() -> None:
+    """It must end then: neither its stream may wait for ever, nor the thread for its end."""
+    before, old = threads(), set(watchers())
+    context = _ext.StreamContext(fake_cuda.library()._name)
+    fake_cuda.library().fake_set_delay(200_000)
+    with pytest.raises(RuntimeError, match="does not arrive"):
+        context.use_flags(fake_cuda.library()._name, 0.001)
+    ((name, task),) = ((name, task) for name, task in watchers().items() if name not in old)
+    assert len(threads() - before) == 2  # a slow stream, and the thread that watches
+    time.sleep(1)
+    fake_cuda.library().fake_set_delay(0)
+    assert eventually(lambda: state(task) == "S")
+    used = seconds_of(task)
+    time.sleep(0.5)
+    assert seconds_of(task) - used < 0.1
+    context.use_flags(fake_cuda.library()._name)
+    assert threads() - before == {name}
+    assert context.flags
+    del context
+    assert threads() <= before
+
+
+def test_a_replay_wakes_the_thread(stream: Stream) -> None:
+    """By itself it would look after half a minute."""
+    before = set(watchers())
+    context = _ext.StreamContext(fake_cuda.library()._name)
+    context.use_flags(fake_cuda.library()._name, nap=30)
+    (task,) = (task for name, task in watchers().items() if name not in before)
+    layer, batch = Layer(context), Batch.of(4)
+    graph = captured(stream, layer, batch)
+    for _ in range(3):
+        time.sleep(0.05)
+        assert eventually(lambda: state(task) == "S")
+        stream.fill(batch.out, 0)
+        stream.launch(graph)
+        replayed = threading.Thread(target=stream.synchronize)
+        replayed.start()
+        replayed.join(15)
+        assert not replayed.is_alive()
+        assert torch.equal(result(batch.out), layer.expected(4))
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 15
+    while not (reached := condition()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return reached
+
+
+def state(task: Path) -> str:
+    """Of a thread: ``R`` runs, ``S`` sleeps."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
+
+
 def watchers() -> dict[str, Path]:
     """The threads that watch words, by thread id."""
     tasks = {}
@@ -182,19 +241,24 @@ def test_a_context_goes_with_its_thread_and_memory() -> None:
 
 
 def test_a_forked_process_ends() -> None:
-    """It has the context, but not the thread: there is nothing to wait for."""
+    """It has the context, but not the thread: there is nothing to wait for.
+
+    Not even while the thread naps, with a condition variable that the fork has a copy of.
+    """
     context = flagged()
-    child = os.fork()
-    if child == 0:
-        del context
-        os._exit(0)
-    deadline = time.monotonic() + 30
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if ended[0] == 0:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert ended == (child, 0)
+    for _ in range(5):
+        time.sleep(0.1)
+        child = os.fork()
+        if child == 0:
+            del context
+            os._exit(0)
+        deadline = time.monotonic() + 30
+        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if ended[0] == 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
     assert context.flags
 
 

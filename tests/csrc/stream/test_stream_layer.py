@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -372,3 +373,28 @@ def test_many_calls(context: _ext.StreamContext, stream: Stream) -> None:
     for found, wanted in zip(outs, want, strict=True):
         for out, value in zip(found, wanted, strict=True):
             assert torch.equal(result(out), value)
+
+
+def test_deferred_calls_of_layers_at_every_second_index(context: _ext.StreamContext) -> None:
+    """As deferring does: a call is on the stream before the wait for the layer before it.
+
+    With sets by the parity of indices the second call takes the words of the first, whose wait
+    never ends, or its memory.
+    """
+    tokens, stream = 64, Stream()
+    layers = [Layer(context, layer_idx) for layer_idx in (2, 4, 6)]
+    batches = [Batch.of(tokens, seed=seed) for seed in range(3)]
+    stream.begin_capture()
+    for i, (layer, batch) in enumerate(zip(layers, batches, strict=True)):
+        layer.submit(stream, batch, deferred=True)
+        if i:
+            layers[i - 1].deferred.sync(stream.handle, batches[i - 1].out.address)
+    layers[-1].deferred.sync(stream.handle, batches[-1].out.address)
+    stream.launch(stream.end_capture())
+    waiting = threading.Thread(target=stream.synchronize, daemon=True)
+    waiting.start()
+    waiting.join(30)
+    assert not waiting.is_alive()  # the stream is left behind: its end would be waited for
+    for seed, (layer, batch) in enumerate(zip(layers, batches, strict=True)):
+        assert torch.equal(result(batch.out), layer.expected(tokens, seed=seed)), seed
+    stream.close()
