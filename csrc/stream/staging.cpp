@@ -6,6 +6,7 @@
 #include <cstring>
 #include <string>
 #include <system_error>
+#include <utility>
 
 #include "base/error.h"
 #include "threads/affinity.h"
@@ -58,22 +59,29 @@ void Staging::Shared::give_back(int64_t piece) {
   buffer(piece).turn = piece + static_cast<int64_t>(buffers.size());
 }
 
-// A thread takes the pieces in their order, and fills each when it is its turn in its buffer.
+// A thread takes the pieces in their order, each when it is its turn in its buffer.
 void Staging::fill(Shared& shared) {
   std::unique_lock lock(shared.mutex);
   while (true) {
-    shared.changed.wait(lock, [&] { return shared.stopping || !shared.waiting.empty(); });
+    shared.changed.wait(lock, [&] {
+      if (shared.stopping) return true;
+      if (shared.waiting.empty()) return false;
+      const int64_t next = shared.waiting.front().number;
+      return shared.buffer(next).turn == next;
+    });
     if (shared.stopping) return;
     const Piece piece = shared.waiting.front();
     shared.waiting.pop_front();
     Buffer& buffer = shared.buffer(piece.number);
-    shared.changed.wait(lock, [&] { return shared.stopping || buffer.turn == piece.number; });
-    if (shared.stopping) return;
-    lock.unlock();
-    std::memcpy(buffer.memory, piece.from, piece.bytes);
-    lock.lock();
+    if (piece.from != nullptr) {
+      buffer.filling = true;
+      lock.unlock();
+      std::memcpy(buffer.memory, piece.from, piece.bytes);
+      lock.lock();
+      buffer.filling = false;
+    }
     buffer.filled = piece.number;
-    if (shared.given_up.erase(piece.number) != 0) shared.give_back(piece.number);
+    if (piece.given_up) shared.give_back(piece.number);
     shared.changed.notify_all();
   }
 }
@@ -100,24 +108,38 @@ int64_t Staging::add(const uint8_t* from, size_t bytes) {
   return next_++;
 }
 
-void Staging::give_up(int64_t piece) {
+// From this piece on, none is read any more when this returns. Those that are on the stream arrive
+// with whatever is in their buffers; `given_up` is not there, and so gives its buffer back.
+void Staging::withdraw(int64_t first, int64_t given_up) {
   {
-    const std::lock_guard lock(shared_->mutex);
-    if (shared_->buffer(piece).filled == piece)
-      shared_->give_back(piece);
-    else
-      shared_->given_up.insert(piece);  // once it is there
+    std::unique_lock lock(shared_->mutex);
+    for (Piece& piece : shared_->waiting)
+      if (piece.number >= first) piece.from = nullptr;
+    const std::vector<Buffer>& buffers = shared_->buffers;
+    shared_->changed.wait(lock, [&] {
+      return std::none_of(buffers.begin(), buffers.end(), [&](const Buffer& buffer) {
+        return buffer.filling && buffer.turn >= first;
+      });
+    });
+    if (given_up != kNone) {
+      if (shared_->buffer(given_up).filled == given_up)
+        shared_->give_back(given_up);
+      else
+        shared_->waiting.back().given_up = true;
+    }
   }
   shared_->changed.notify_all();
 }
 
 void Staging::copy(const uint8_t* from, uint8_t* to, size_t bytes, CudaStream stream) {
   const std::lock_guard one_at_a_time(calls_);
-  for (size_t at = 0; at < bytes; at += buffer_bytes_) {
-    const size_t size = std::min(buffer_bytes_, bytes - at);
-    auto arrival = std::make_unique<Arrival>(Arrival{shared_, before_, next_});
-    const int64_t piece = add(from + at, size);
-    try {
+  const int64_t first = next_;
+  int64_t piece = kNone;  // one that is not on the stream
+  try {
+    for (size_t at = 0; at < bytes; at += buffer_bytes_) {
+      const size_t size = std::min(buffer_bytes_, bytes - at);
+      auto arrival = std::make_unique<Arrival>(Arrival{shared_, before_, next_});
+      piece = add(from + at, size);
       runtime_.check(runtime_.launch_host_func(stream, arrive, arrival.get()),
                      "cudaLaunchHostFunc");
       static_cast<void>(arrival.release());  // the host function deletes it
@@ -125,11 +147,11 @@ void Staging::copy(const uint8_t* from, uint8_t* to, size_t bytes, CudaStream st
       runtime_.check(runtime_.memcpy_async(to + at, shared_->buffer(piece).memory, size,
                                            kHostToDevice, stream),
                      "cudaMemcpyAsync to the device");
-      before_ = piece;
-    } catch (...) {
-      give_up(piece);
-      throw;
+      before_ = std::exchange(piece, kNone);
     }
+  } catch (...) {
+    withdraw(first, piece);
+    throw;
   }
 }
 

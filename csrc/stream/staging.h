@@ -12,7 +12,6 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <vector>
 
@@ -42,20 +41,23 @@ class Staging {
 
   // Puts a copy on a stream, the same for all calls or one after whose end another begins. `from`
   // must stay as it is until the stream is through with it. Throws std::runtime_error for what CUDA
-  // refuses: what is there of the copy then is of no use, and the next one is whole.
+  // refuses: no thread reads `from` any more then, what arrives of the copy is of no use, and the
+  // next one is whole.
   void copy(const uint8_t* from, uint8_t* to, size_t bytes, CudaStream stream);
 
  private:
   static constexpr int64_t kNone = -1;
   struct Piece {
-    int64_t number;  // its buffer is that of number % buffers
-    const uint8_t* from;
+    int64_t number;       // its buffer is that of number % buffers
+    const uint8_t* from;  // null once withdrawn: the buffer counts as filled
     size_t bytes;
+    bool given_up = false;  // nobody else gives its buffer back
   };
   struct Buffer {
     uint8_t* memory;
     int64_t turn;  // the piece that may fill it, or is in it
     int64_t filled = kNone;
+    bool filling = false;
   };
   // What threads and host functions share.
   struct Shared {
@@ -63,7 +65,6 @@ class Staging {
     std::condition_variable changed;
     std::vector<Buffer> buffers;
     std::deque<Piece> waiting;
-    std::set<int64_t> given_up;  // pieces whose buffer nobody gives back
     bool stopping = false;
 
     Buffer& buffer(int64_t piece) { return buffers[static_cast<size_t>(piece) % buffers.size()]; }
@@ -78,7 +79,7 @@ class Staging {
   static void fill(Shared& shared);
   static void arrive(void* arrival);
   int64_t add(const uint8_t* from, size_t bytes);
-  void give_up(int64_t piece);
+  void withdraw(int64_t first, int64_t given_up);
   void stop();
 
   const CudaRuntime runtime_;

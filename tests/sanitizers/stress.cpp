@@ -12,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <stdexcept>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -111,7 +113,8 @@ std::vector<int> first_cpus(size_t count) {
   return cpus;
 }
 
-// Copies through staging buffers, more threads than buffers; the last of them have nobody left.
+// Copies through staging buffers, more threads than buffers. Some fail, whose source goes at once;
+// the last of them have nobody left.
 void stage(const std::string& library, int calls) {
   constexpr size_t kBytes = 1000;
   const kt::CudaRuntime runtime = kt::find_cuda_runtime(library);
@@ -122,9 +125,20 @@ void stage(const std::string& library, int calls) {
   for (size_t i = 0; i < source.size(); ++i) source[i] = static_cast<uint8_t>(i * 7);
   std::vector<uint8_t*> targets;
   for (int i = 0; i < 4; ++i) targets.push_back(to_device(std::vector<uint8_t>(source.size())));
-  for (int n = 0; n < calls / 10; ++n)
+  uint8_t* const small = to_device(std::vector<uint8_t>(2 * kBytes));
+  for (int n = 0; n < calls / 10; ++n) {
     staging->copy(source.data(), targets[static_cast<size_t>(n) % targets.size()], source.size(),
                   stream);
+    if (n % 4 != 0) continue;
+    const auto gone = std::make_unique<std::vector<uint8_t>>(source);
+    bool failed = false;
+    try {
+      staging->copy(gone->data(), small, gone->size(), stream);
+    } catch (const std::runtime_error&) {
+      failed = true;
+    }
+    expect(failed, "a copy to too little memory");
+  }
   fake_synchronize(stream);
   for (const uint8_t* target : targets)
     expect(std::memcmp(target, source.data(), source.size()) == 0, "staged copies");

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,49 @@ def test_a_refusal_in_the_middle_is_told_and_the_next_copies_are_whole(
         staging.copy(source, target.address, stream.handle)
         stream.synchronize()
         assert np.array_equal(target.numpy(), source)
+
+
+class Unread:
+    """Bytes whose pages come into being when they are read."""
+
+    def __init__(self, size: int) -> None:
+        self._descriptor = os.memfd_create("source")
+        os.truncate(self._descriptor, size)
+        self.bytes = np.frombuffer(mmap.mmap(self._descriptor, size), np.uint8)
+
+    def read(self) -> int:
+        """How many have been."""
+        return 512 * os.fstat(self._descriptor).st_blocks
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["while it is read", "before it is read"])
+def test_nothing_reads_the_source_of_a_failed_copy(
+    context: _ext.StreamContext, stream: Stream, held: bool
+) -> None:
+    """Its memory may be freed then. Pages take the time here that makes the reading last."""
+    size = 4 << 20
+    staging = _ext.Staging(context, CPUS, THREADS, BUFFERS, size)
+    before, target = memory(BUFFERS * size), room(BUFFERS * size)
+    if held:  # the buffers are full, so the pieces that fail wait for their turn
+        stream.hold()
+        staging.copy(before, target.address, stream.handle)
+    source = Unread(2 * size)
+    with pytest.raises(RuntimeError, match="cudaMemcpyAsync to the device failed"):
+        staging.copy(source.bytes, room(size).address, stream.handle)  # has room for one piece
+    found = source.read()
+    if held:
+        assert found == 0
+        stream.release()
+        stream.synchronize()
+        assert np.array_equal(target.numpy(), before)
+    staging.copy(before, target.address, stream.handle)  # in the buffers of the pieces that failed
+    stream.synchronize()
+    assert np.array_equal(target.numpy(), before)
+    assert source.read() == found
+    source.close()
 
 
 def test_another_stream_may_go_on_where_one_has_ended(
