@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,15 +25,6 @@ BROKEN = {
     2: "what a graph writes to pinned memory does not arrive",
     3: "a graph does not wait for a word of pinned memory",
 }
-
-
-@pytest.fixture
-def stream() -> Iterator[Stream]:
-    stream = Stream()
-    yield stream
-    fake_cuda.library().fake_break_memory_ops(0)
-    stream.synchronize()
-    stream.close()
 
 
 def flagged() -> _ext.StreamContext:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +19,6 @@ CPUS = [cpu.id for cpu in allowed_cpus()]
 #: Three threads on two buffers: some wait for a turn in the same one.
 THREADS, BUFFERS, BYTES = 3, 2, 1000
 SIZES = [1, BYTES - 1, BYTES, BYTES + 1, 2 * BYTES, 7 * BYTES + 3]
-
-
-@pytest.fixture
-def stream() -> Iterator[Stream]:
-    stream = Stream()
-    yield stream
-    stream.synchronize()
-    fake_cuda.library().fake_set_delay(0)
-    fake_cuda.library().fake_fail_next(0)
-    stream.close()
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,16 +20,6 @@ from tests.shapes import LayerShape
 
 SHAPE = LayerShape(8, 2, 256, 192)
 GPU_EXPERTS = 1
-
-
-@pytest.fixture
-def stream() -> Iterator[Stream]:
-    stream = Stream()
-    yield stream
-    stream.synchronize()
-    fake_cuda.library().fake_set_delay(0)
-    fake_cuda.library().fake_fail_next(0)
-    stream.close()
 
 
 @pytest.fixture(params=["host functions", "flags"])
