@@ -8,10 +8,10 @@ packed in main memory, are unpacked on the card and multiplied there; ``costs`` 
 from __future__ import annotations
 
 import functools
-import threading
+import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +20,16 @@ from numpy.typing import NDArray
 
 from kt_kernel.gpu_prefill import expert_math
 from kt_kernel.gpu_prefill.costs import Costs
-from kt_kernel.gpu_prefill.expert_math import ExpertMatrices, SliceInSlot
+from kt_kernel.gpu_prefill.expert_math import ExpertMatrices
+from kt_kernel.gpu_prefill.lock import LateLock
 from kt_kernel.gpu_prefill.memory import ROWS, SLOTS
+from kt_kernel.gpu_prefill.packed_layer import PackedLayer
 from kt_kernel.gpu_prefill.ring import Ring, Sent
-from kt_kernel.gpu_prefill.staging import Registered, StagedRows, StagingBuffers
+from kt_kernel.gpu_prefill.staging import StagingBuffers
 from kt_kernel.gpu_prefill.streams import Stream
 
-_ALIGN = 256  # bytes; of a slice in a slot
+logger = logging.getLogger(__name__)
+
 #: Share of experts with tokens from which on any expert is likely to get some.
 _NEARLY_ALL = 0.9
 
@@ -38,67 +41,6 @@ class ExpertShape(NamedTuple):
     hidden_size: int
     intermediate_size: int
     block_k: int  # 0 for int8
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """A layer's packed experts in main memory.
-
-    Args:
-        layer_idx: decoder layer; calls follow each other in its order.
-        slices: for each NUMA node's slice, uint8 [E, bytes of a slot].
-        where: the slices in a slot of the ring.
-        held: bool [E], experts whose weights are there.
-        tables: int8 [256, 16] on the card, or None for int8.
-        staged: by number of a slice, rows of it that go through staging buffers; the card reads
-            the others by itself.
-        registered: what lets it do so, until the layer is forgotten.
-    """
-
-    layer_idx: int
-    slices: tuple[torch.Tensor, ...]
-    where: tuple[SliceInSlot, ...]
-    held: NDArray[np.bool_]
-    tables: torch.Tensor | None
-    staged: Mapping[int, StagedRows] = field(default_factory=dict)
-    registered: Registered | None = None
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of one expert in a slot of the ring."""
-        return sum(_aligned(part.shape[1]) for part in self.slices)
-
-    def copy(self, expert: int, slot: torch.Tensor) -> None:
-        """Start the copy of an expert into a slot."""
-        at = 0
-        for number, part in enumerate(self.slices):
-            size = part.shape[1]
-            target, staged = slot[at : at + size], self.staged.get(number)
-            if staged is not None and staged.rows[expert]:
-                staged.copy(part[expert], target)
-            else:
-                target.copy_(part[expert], non_blocking=True)
-            at += _aligned(size)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def packed_layer(
-    layer_idx: int,
-    slices: Sequence[tuple[int, int, Sequence[Sequence[int]], NDArray[np.uint8]]],
-    held: NDArray[np.bool_],
-    tables: torch.Tensor | None,
-) -> PackedLayer:
-    """From what ``_ext.Layer.slices`` says."""
-    where, tensors, base = [], [], 0
-    for begin, end, parts, weights in slices:
-        offsets = tuple((base + c, base + i, base + s) for c, i, s in parts)
-        where.append(SliceInSlot(begin, end, offsets))
-        tensors.append(torch.from_numpy(weights))
-        base += _aligned(weights.shape[1])
-    return PackedLayer(layer_idx, tuple(tensors), tuple(where), held, tables)
 
 
 class Running(NamedTuple):
@@ -186,7 +128,7 @@ class CardExperts:
         self._ring = Ring(slots, slot_bytes, device, copies, products)
         self._layers: dict[int, PackedLayer] = {}
         self._last: dict[int, NDArray[np.int64]] = {}  # tokens of each expert in the last call
-        self._lock = threading.Lock()
+        self._lock = LateLock(copies.may_finish)
         self._timed: tuple[Any, Any, int] | None = None
         hidden, intermediate = shape.hidden_size, shape.intermediate_size
 
@@ -218,15 +160,37 @@ class CardExperts:
             RuntimeError: what CUDA refuses.
         """
         with self._lock:
-            if layer_idx not in self._layers:
-                return
-            # Its experts would pass for the next one's of this number. Others are sent again.
-            self._ring.clear()
-            self._last.pop(layer_idx, None)
-            self.copies.finish()  # which read its memory
-            self._products.finish()
-            if (registered := self._layers.pop(layer_idx).registered) is not None:
-                registered.release()
+            if layer_idx in self._layers:
+                self._forget(self._layers[layer_idx])
+
+    def forget_late(self, layer: PackedLayer) -> None:
+        """The same for a finalizer, if it is still this very layer: it may be done a little later.
+
+        What CUDA refuses is logged.
+        """
+
+        def forget() -> None:
+            try:
+                if self._layers.get(layer.layer_idx) is layer:
+                    self._forget(layer)
+            except RuntimeError as error:
+                logger.warning(
+                    "kt_kernel: layer %d is gone, and its memory stays registered with CUDA: %s",
+                    layer.layer_idx,
+                    error,
+                )
+
+        self._lock.when_free(forget)
+
+    def _forget(self, layer: PackedLayer) -> None:
+        # Its experts would pass for the next one's of this number. Others are sent again.
+        self._ring.clear()
+        self._last.pop(layer.layer_idx, None)
+        self.copies.finish()  # which read its memory
+        self._products.finish()
+        del self._layers[layer.layer_idx]
+        if layer.registered is not None:
+            layer.registered.release()
 
     def has(self, layer: PackedLayer) -> bool:
         """Whether this very layer was added, and not forgotten since."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +13,8 @@ from numpy.typing import NDArray
 
 from kt_kernel import _ext
 from kt_kernel.calls import Batch, Started
-from kt_kernel.gpu_prefill.card import CardExperts, PackedLayer, Running, count_ids, route
+from kt_kernel.gpu_prefill.card import CardExperts, Running, count_ids, route
+from kt_kernel.gpu_prefill.packed_layer import PackedLayer
 from kt_kernel.layer_weights import LayerWeights
 
 
@@ -42,7 +45,10 @@ class Divided(NamedTuple):
 
 
 class LayerOnCard:
-    """Divides the calls of one layer.
+    """Divides the calls of one layer, and takes it from the card when this object goes.
+
+    Not at the process's end, when CUDA may be gone, nor in a process that was forked, which has no
+    card.
 
     Args:
         card: what all layers share; this one is added to it.
@@ -60,6 +66,8 @@ class LayerOnCard:
         self._held, self._on_gpu, self._least_tokens = layer.held, weights.on_gpu, least_tokens
         self._counts = weights.counts_on_card
         card.add(layer)
+        self._leave = weakref.finalize(self, _leave, card, layer, os.getpid())
+        self._leave.atexit = False
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether a call with these hidden states may be divided.
@@ -124,3 +132,8 @@ class LayerOnCard:
         routed = route(batch.ids, batch.weights, counts)
         running = self.card.run(self._layer.layer_idx, batch.x.contiguous(), routed, chosen)
         return Divided(self.card, running, cpu, self._engine, before_ns, tokens)
+
+
+def _leave(card: CardExperts, layer: PackedLayer, process: int) -> None:
+    if os.getpid() == process:
+        card.forget_late(layer)

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from kt_kernel import _ext, packed
 from kt_kernel.errors import UserError
-from kt_kernel.gpu_prefill.card import CardExperts, ExpertShape, PackedLayer, packed_layer
+from kt_kernel.gpu_prefill.card import CardExperts, ExpertShape
 from kt_kernel.gpu_prefill.costs import Costs
 from kt_kernel.gpu_prefill.layer import LayerOnCard
+from kt_kernel.gpu_prefill.packed_layer import PackedLayer, packed_layer
 from kt_kernel.gpu_prefill.staging import Registration, StagingBuffers, registering
 from kt_kernel.gpu_prefill.streams import CudaStream, DirectStream, Stream
 from kt_kernel.layer_weights import LayerWeights

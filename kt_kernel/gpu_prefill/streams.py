@@ -35,6 +35,9 @@ class Stream(Protocol):
     def finish(self) -> None:
         """Wait here until the stream is empty."""
 
+    def may_finish(self) -> bool:
+        """Whether this thread captures no stream: while it does, it may wait for none."""
+
 
 class DirectStream:
     """At once, in the calling thread."""
@@ -56,6 +59,9 @@ class DirectStream:
 
     def finish(self) -> None:
         pass
+
+    def may_finish(self) -> bool:
+        return True
 
 
 class CudaStream:
@@ -92,3 +98,6 @@ class CudaStream:
 
     def finish(self) -> None:
         self._stream.synchronize()
+
+    def may_finish(self) -> bool:
+        return not torch.cuda.is_current_stream_capturing()

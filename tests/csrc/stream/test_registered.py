@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kt_kernel import _ext
-from kt_kernel.gpu_prefill.card import packed_layer
+from kt_kernel.gpu_prefill.packed_layer import packed_layer
 from kt_kernel.gpu_prefill.staging import Registration, StagingBuffers, registering
 from kt_kernel.host.cpus import allowed_cpus
 from tests.csrc.stream import fake_cuda

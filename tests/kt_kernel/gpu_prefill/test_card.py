@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from kt_kernel import _ext, packed
-from kt_kernel.gpu_prefill.card import (
-    CardExperts,
-    ExpertShape,
-    PackedLayer,
-    count_ids,
-    packed_layer,
-    route,
-)
+from kt_kernel.gpu_prefill.card import CardExperts, ExpertShape, count_ids, route
 from kt_kernel.gpu_prefill.costs import Costs
+from kt_kernel.gpu_prefill.packed_layer import PackedLayer, packed_layer
 from kt_kernel.gpu_prefill.staging import Registered, StagedRows, StagingBuffers
 from kt_kernel.gpu_prefill.streams import DirectStream, Stream
 from kt_kernel.host.cpus import allowed_cpus

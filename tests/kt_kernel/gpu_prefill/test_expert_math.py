@@ -13,8 +13,8 @@ import torch
 
 from kt_kernel import _ext, packed
 from kt_kernel.gpu_prefill import expert_math
-from kt_kernel.gpu_prefill.card import packed_layer
 from kt_kernel.gpu_prefill.expert_math import ExpertMatrices
+from kt_kernel.gpu_prefill.packed_layer import packed_layer
 from tests import reference
 from tests.layers import shared_layer
 from tests.shapes import LayerShape

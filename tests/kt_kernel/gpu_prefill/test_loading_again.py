@@ -1,6 +1,10 @@
-"""Layers on the card that are loaded again, or made again: whose weights are computed."""
+"""Layers on the card that are loaded again, made again or gone: whose weights are computed."""
 
 from __future__ import annotations
+
+import os
+import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from kt_kernel import KTMoEWrapper
 from kt_kernel.errors import UserError
 from kt_kernel.gpu_prefill import start
 from kt_kernel.gpu_prefill.staging import HostRegister
+from kt_kernel.gpu_prefill.streams import DirectStream
 from tests.kt_kernel.gpu_prefill.divided_calls import (
     INT8_ERROR,
     LAYOUT,
@@ -28,6 +33,7 @@ class Pages:
     def __init__(self) -> None:
         self.sizes: dict[int, int] = {}
         self.most = 100
+        self.gone = False
 
     def register(self, memory: NDArray[np.uint8]) -> None:
         begin = memory.ctypes.data
@@ -39,6 +45,8 @@ class Pages:
         self.sizes[begin] = memory.nbytes
 
     def unregister(self, memory: NDArray[np.uint8]) -> None:
+        if self.gone:
+            raise RuntimeError("driver shutting down (CUDA error 4)")
         assert self.sizes.pop(memory.ctypes.data) == memory.nbytes
 
 
@@ -117,3 +125,91 @@ def test_a_layer_made_again_leaves_the_card_to_the_new_one(make: Make, pages: Pa
     old._calls.leave_card()
     assert card.has(new.on_card._layer)
     assert len(pages.sizes) == registered
+
+
+def with_a_layer_on_its_way(make: Make) -> tuple[KTMoEWrapper, list[KTMoEWrapper]]:
+    """Two layers, after a call of the first; of the second, experts are on their way."""
+    first, second = make(0), make(1)
+    send(first, 6)
+    first.forward(*batch())
+    assert first.on_card is not None
+    assert first.on_card.card._ring.on_the_way(1)
+    return first, [second]
+
+
+def test_a_layer_that_goes_leaves_the_card(make: Make, pages: Pages) -> None:
+    """Else its weights stay in memory, and registered, for as long as the process runs."""
+    first, second = with_a_layer_on_its_way(make)
+    registered = len(pages.sizes)
+    weights = weakref.ref(second[0]._weights.layer)
+    assert first.on_card is not None
+    card = first.on_card.card
+    second.clear()
+    assert list(card._layers) == [0]
+    assert card._ring.on_the_way(1) == []
+    assert len(pages.sizes) == registered / 2
+    assert weights() is None
+    assert difference(first.forward(*batch()), on_cpus(first, *batch())) < INT8_ERROR
+
+
+def test_a_layer_may_go_in_the_middle_of_anothers_call(
+    make: Make, pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python collects it when it likes. It would wait for this call, which waits for it."""
+    first, second = with_a_layer_on_its_way(make)
+    registered = len(pages.sizes)
+    assert first.on_card is not None
+    want, found = first.forward(*batch()), []
+    multiply = first.on_card.card._multiply
+
+    def collect(*arguments: torch.Tensor) -> None:
+        second.clear()
+        assert len(pages.sizes) == registered
+        multiply(*arguments)
+
+    monkeypatch.setattr(first.on_card.card, "_multiply", collect)
+    call = threading.Thread(target=lambda: found.append(first.forward(*batch())), daemon=True)
+    call.start()
+    call.join(60)
+    assert found
+    assert torch.equal(found[0], want)
+    assert len(pages.sizes) == registered / 2
+
+
+def test_a_layer_that_goes_waits_for_the_end_of_a_capture(
+    make: Make, pages: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA lets no thread wait for a stream while it captures: the graph would be lost."""
+    captures: list[bool] = []
+    monkeypatch.setattr(DirectStream, "may_finish", lambda _: not captures)
+    first, second = with_a_layer_on_its_way(make)
+    registered = len(pages.sizes)
+    captures.append(True)
+    second.clear()
+    assert len(pages.sizes) == registered
+    captures.clear()
+    first.forward(*batch())
+    assert len(pages.sizes) == registered / 2
+
+
+def test_what_cuda_refuses_of_a_layer_that_goes_is_logged(
+    make: Make, pages: Pages, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may come to light in another layer's call, which has nothing to do with it."""
+    first, second = with_a_layer_on_its_way(make)
+    want = first.forward(*batch())
+    pages.gone = True
+    second.clear()
+    assert "layer 1 is gone, and its memory stays registered with CUDA: driver" in caplog.text
+    assert torch.equal(first.forward(*batch()), want)
+
+
+def test_a_layer_that_goes_in_a_forked_process_stays_the_parents(make: Make) -> None:
+    """The child has no card: no stream can be waited for there."""
+    first, second = with_a_layer_on_its_way(make)
+    assert first.on_card is not None
+    child = os.fork()
+    if child == 0:
+        second.clear()
+        os._exit(list(first.on_card.card._layers) != [0, 1])
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -146,7 +146,9 @@ def test_a_forked_process_unregisters_nothing() -> None:
 
 
 AT_THE_END = """
+from types import SimpleNamespace
 import numpy as np
+from kt_kernel.gpu_prefill.layer import LayerOnCard
 from kt_kernel.gpu_prefill.staging import Registered
 kept = []
 for size in (1, 2, 3):
@@ -155,6 +157,9 @@ for size in (1, 2, 3):
     kept.append(registered)
 del registered
 kept.pop(1)
+anything = SimpleNamespace(engine=None, held=None, on_gpu=None, counts_on_card=None)
+card = SimpleNamespace(add=lambda layer: None, forget_late=lambda layer: print("gone", flush=True))
+kept.append(LayerOnCard(card, anything, anything, 1))
 """
 
 

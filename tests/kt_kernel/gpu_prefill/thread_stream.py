@@ -55,6 +55,9 @@ class ThreadStream:
         if self._error is not None:
             raise self._error
 
+    def may_finish(self) -> bool:
+        return True
+
     def end(self) -> None:
         self._work.put(None)
         self._thread.join()
