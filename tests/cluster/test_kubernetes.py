@@ -20,6 +20,7 @@ from deploy.command_line import build_parser
 from deploy.router.front import ROUTES as ROUTER
 from deploy.settings.env_file import read_env_file
 from deploy.settings.row import PREFIX
+from deploy.settings.table import TABLE
 from deploy.settings.variables import BY_NAME, is_known
 from kt_kernel.sglang_plugin.edge.routes import SERVER, Role
 from tests.cluster.get_kubectl import find
@@ -142,6 +143,24 @@ def test_secrets_are_where_they_are_read(name: str) -> None:
                 assert all(Path(file).parent == Path(mount["mountPath"]) for file in files)
         assert "valueFrom" not in str(each.spec.get("env")), "secrets are files"
     assert "keys/*" in seen
+
+
+def test_what_may_hold_a_password_has_a_place_apart(objects: tuple[Object, ...]) -> None:
+    """The settings' file is in every pod; a stage's Secret is in this one only, if there is one."""
+    own: dict[str, list[Object]] = {}
+    given: dict[str, set[str]] = {}
+    for each in containers(objects):
+        own[each.spec["name"]] = each.spec.get("envFrom", [])
+        given[each.spec["name"]] = set(each.environment)
+    for name, sources in own.items():
+        secret = {"secretRef": {"name": f"{name}-settings", "optional": True}}
+        assert sources == ([secret] if name in ("download", "serve") else []), name
+    private = {s.name: set(s.stages) for s in TABLE if s.secret or s.private}
+    private |= {"HTTPS_PROXY": {"download"}}
+    for setting, readers in private.items():
+        assert is_known(setting)
+        for stage in readers & {"download", "convert", "serve", "status"}:
+            assert own[stage] or setting in given[stage], (stage, setting)
 
 
 def test_variables_and_the_settings_file_are_settings(

@@ -89,8 +89,10 @@ def test_a_unit_has_the_volumes_and_ports_of_compose(name: str) -> None:
         re.sub(r"^\$\{(\w+):-\w+\}", r"${\1}", volume) for volume in service.get("volumes", [])
     ]
     mounts = [re.sub("^run:", "deepseek-v32-run.volume:", volume) for volume in mounts]
-    own = "%E/deepseek-v32/settings.env:/run/settings.env:ro,z"
-    assert unit.all("Volume") == [*mounts, own]
+    own = f"%E/deepseek-v32/{name}.env"
+    assert unit.all("Volume") == [*mounts, f"{own}:/run/settings.env:ro,z"]
+    # Podman hands proxies on that it has itself.
+    assert unit.all("EnvironmentFile") == [own, "-%E/deepseek-v32/podman.env"]
     ports = [re.sub(r":-[\w.]+\}", "}", port) for port in service.get("ports", [])]
     assert unit.all("PublishPort") == ports
     assert default_of(unit, "KT_PORT") == "30000"
@@ -219,9 +221,38 @@ def test_the_installed_files_are_the_user_s_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stage_gets_no_secret_that_it_does_not_read(tmp_path: Path) -> None:
+    """As with Compose, which gives it an empty one; whatever the settings' lines look like."""
+    has = {name: services()[name]["environment"] for name in STAGES}
+    taken_out = {name for given in has.values() for name, value in given.items() if value == ""}
+    readers = {
+        name: {stage for stage in STAGES if has[stage].get(name, "") != ""}
+        for name in taken_out
+        if not name.endswith("_FILE")
+    }
+    assert len(readers) > 10
+    forms = ("{}={}", "  export {} = '{}'  # a comment", '#{}="{}"')
+    lines = ["# Settings", "", "KT_PORT=30001"]
+    for number, name in enumerate(sorted(readers)):
+        lines.append(forms[number % len(forms)].format(name, f"secret-{name}-"))
+    done = install(tmp_path, "\n".join([*lines, "KT_DEVICE=cpu", ""]))
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        file = tmp_path / f".config/deepseek-v32/{stage}.env"
+        assert file.stat().st_mode & 0o777 == 0o644
+        found = file.read_text().splitlines()
+        # Messages name lines.
+        assert len(found) == len(lines) + 1
+        assert (found[2], found[-1]) == ("KT_PORT=30001", "KT_DEVICE=cpu")
+        there = {name for name in readers if f"secret-{name}-" in file.read_text()}
+        assert there == {name for name, stages in readers.items() if stage in stages}
+    assert "secret" not in (tmp_path / ".config/deepseek-v32/convert.env").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "version", "error"),
     [
+        ("A=1\nKT_API_KEY='sk-\nb'\n", "5.0.0", "settings.env:2: expected a value that ends on"),
         ("KT_API_KEY_FILE=/none", "5.0.0", "settings.env: KT_API_KEY_FILE: cannot read /none"),
         ("", "4.3.1", "podman is 4.3.1: expected 5.0 or later, whose units take drop-ins"),
     ],
