@@ -26,9 +26,9 @@ def compare(servers: Sequence[Json], check: Json) -> Json:
         servers, check: what ``variant.measure`` found.
 
     Returns:
-        ``layers``; ``decode`` and ``prefill``: requests or tokens -> seconds ``measured`` (median),
-        the ``line`` there, ``low`` and ``high`` of its mean, and ``off``, by which share of the
-        measured the line is above it.
+        ``layers``; ``decode`` and ``prefill``: requests or tokens -> seconds ``measured`` (median,
+        with ``least`` and ``most``), the ``line`` there, ``low`` and ``high`` of its mean, and
+        ``off``, by which share of the measured the line is above it.
     """
     layers = check["layers"]
     found: Json = {"layers": layers, **{part: {} for part in PARTS}}
@@ -36,9 +36,12 @@ def compare(servers: Sequence[Json], check: Json) -> Json:
         for name, cell in check[part].items():
             samples = {s["layers"]: seconds_of(s[part][name]) for s in servers if name in s[part]}
             if line := extrapolate(samples, layers):
-                measured = stats.median(seconds_of(cell))
+                times = seconds_of(cell)
+                measured = stats.median(times)
                 found[part][name] = {
                     "measured": measured,
+                    "least": min(times),
+                    "most": max(times),
                     "line": line.seconds,
                     "low": line.low,
                     "high": line.high,
@@ -66,9 +69,15 @@ def sentences(found: Json, servers: Sequence[Json]) -> list[str]:
 
 
 def _compared(cell: Json, scale: float, unit: str, digits: int) -> str:
-    measured, line = (f"{scale * cell[name]:.{digits}f}" for name in ("measured", "line"))
-    ends = ""
-    if cell["low"] is not None:
-        low, high = (f"{scale * cell[name]:.{digits}f}" for name in ("low", "high"))
-        ends = f" ({low} to {high})"
-    return f"{measured} {unit} measured, the line says {line}{ends}, {cell['off']:+.1%} off"
+    def shown(name: str, low: str, high: str) -> str:
+        text = f"{scale * cell[name]:.{digits}f} {unit}"
+        ends = cell[low], cell[high]
+        if ends[0] is None or ends[0] == ends[1]:
+            return text
+        return f"{text} ({scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f})"
+
+    direction = "high" if cell["off"] > 0 else "low"
+    return (
+        f"{shown('measured', 'least', 'most')} measured, the line says "
+        f"{shown('line', 'low', 'high')}, {abs(cell['off']):.1%} too {direction}"
+    )
