@@ -39,9 +39,9 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
             "FAKE",
             files,
             "--layers",
-            "1,2,3",
+            "1,2",
             "--check",
-            "4",
+            "3",
             "--soak",
             "0.03",
             "--interference",
@@ -56,7 +56,7 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert list(files.iterdir()) == []
     found = json.loads(output.read_text())
-    assert [server["layers"] for server in found["servers"]] == [1, 2, 3]
+    assert [server["layers"] for server in found["servers"]] == [1, 2]
     first = found["servers"][0]
     # What the prompts cost is not in the steps: one call of a millisecond and 8 experts each.
     assert first["decode"]["2"]["experts"] == 16
@@ -64,11 +64,11 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert first["load GB/s"] == [11.6]
     assert found["fits"]["decode"]["1"]["layers"] == 58
     assert all("soak" not in server for server in found["servers"])
-    # The fourth takes no part in the line, and is the largest.
-    assert found["check"]["layers"] == found["line_check"]["layers"] == 4
+    # The third takes no part in the line, and is the largest.
+    assert found["check"]["layers"] == found["line_check"]["layers"] == 3
     assert set(found["line_check"]["decode"]) == {"1", "2"}
     assert found["one_file"] is True
-    assert "4 MoE layers measured, and the line through 1 and 2 and 3, without them" in done.stdout
+    assert "3 MoE layers measured, and the line through 1 and 2, without them, there:" in done.stdout
     assert found["servers"][0]["interference"]["beside"]["count"] >= 0
     load = found["check"]["soak"]
     assert load["errors"] == 0
@@ -83,7 +83,7 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_is_one_error_with_its_last_words(tmp_path: Path) -> None:
     done = subprocess.run(
-        command("DIE", tmp_path, "--layers", "1"),
+        command("DIE", tmp_path, "--layers", "1,2", "--own-files"),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
