@@ -76,8 +76,8 @@ def _compared(cell: Json, scale: float, unit: str, digits: int) -> str:
             return text
         return f"{text} ({scale * ends[0]:.{digits}f} to {scale * ends[1]:.{digits}f})"
 
+    measured = f"{shown('measured', 'least', 'most')} measured, the line says "
+    if cell["line"] <= 0:
+        return f"{measured}nothing: its times scatter more than they grow with the layers"
     direction = "high" if cell["off"] > 0 else "low"
-    return (
-        f"{shown('measured', 'least', 'most')} measured, the line says "
-        f"{shown('line', 'low', 'high')}, {abs(cell['off']):.1%} too {direction}"
-    )
+    return f"{measured}{shown('line', 'low', 'high')}, {abs(cell['off']):.1%} too {direction}"

@@ -68,7 +68,9 @@ def test_it_measures_fits_answers_and_cleans_up(tmp_path: Path) -> None:
     assert found["check"]["layers"] == found["line_check"]["layers"] == 3
     assert set(found["line_check"]["decode"]) == {"1", "2"}
     assert found["one_file"] is True
-    assert "3 MoE layers measured, and the line through 1 and 2, without them, there:" in done.stdout
+    assert (
+        "3 MoE layers measured, and the line through 1 and 2, without them, there:" in done.stdout
+    )
     assert found["servers"][0]["interference"]["beside"]["count"] >= 0
     load = found["check"]["soak"]
     assert load["errors"] == 0

@@ -47,6 +47,14 @@ def test_of_all_layers_the_speeds_are_told_too() -> None:
     assert "3.2% too low; 8.0 tokens/s measured, 8.3 by the line" in text
 
 
+def test_a_line_below_nothing_is_no_figure() -> None:
+    """A prompt through one layer once took 0.39 s and through two 0.21: -11 s for 58."""
+    servers = [server(1, 0.1, 0.39), server(2, 0.2, 0.21)]
+    found = line_check.compare(servers, server(58, 0.125, 2.84))
+    text = "\n".join(line_check.sentences(found, servers))
+    assert "prompt of 512: 2.84 s measured, the line says nothing: its times scatter" in text
+
+
 def test_what_only_one_server_was_asked_has_no_line() -> None:
     few, more = even(1), even(4)
     del few["decode"]["8"]
