@@ -27,6 +27,9 @@ _SOURCE_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: 
 #: The target that defines what the others compute, bit by bit.
 PLAIN_TARGET = "scalar"
 
+#: For the rehearsal, no setting for users: the layer whose file stands under all layers' names.
+ONE_FILE_VARIABLE = "_KT_ONE_LAYER_FILE"
+
 
 class LayerWeights:
     """The experts that a layer holds in its slots.
@@ -134,7 +137,9 @@ class LayerWeights:
         line = load_progress(path.parent).line(
             self.layer_idx, self.layer.weight_bytes, started, time.monotonic()
         )
-        logger.info("kt_kernel: %s, %d experts on the CPU", line, sum(s >= 0 for s in sources))
+        shared = "" if (layer := _only_layer()) is None else f", weights of layer {layer}"
+        count = sum(s >= 0 for s in sources)
+        logger.info("kt_kernel: %s, %d experts on the CPU%s", line, count, shared)
         return path
 
     def _read_file(self, weight_path: str | None, sources: list[int]) -> Path:
@@ -149,7 +154,7 @@ class LayerWeights:
         header = read_header(path)
         self._use_method(header.metadata.get("method", ""))
         self.fingerprint = header.metadata.get("source_fingerprint", "")
-        packed.check_layer_header(header, self.layout, self.layer_idx)
+        packed.check_layer_header(header, self.layout, _number_in_file(header, self.layer_idx))
         tables = None
         if "tables" in header.tensors:
             entry = header.tensors["tables"]
@@ -242,6 +247,38 @@ class LayerWeights:
         if self._mask_may_change:
             return sources
         return [-1 if gpu else s for s, gpu in zip(sources, self._mask.array, strict=True)]
+
+
+def _only_layer() -> int | None:
+    """The layer whose file stands under all layers' names; None where each has its own.
+
+    Raises:
+        UserError: the variable holds no layer's number.
+    """
+    text = os.environ.get(ONE_FILE_VARIABLE)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UserError(f"{ONE_FILE_VARIABLE} is {text!r}: expected the number of a decoder layer")
+    return int(text)
+
+
+def _number_in_file(header: Header, layer_idx: int) -> int:
+    """The layer's number that its file has to hold: its own, or that of the only file.
+
+    Raises:
+        UserError: one file stands for all layers, and was converted from a checkpoint.
+    """
+    only = _only_layer()
+    if only is None:
+        return layer_idx
+    # A model's layers differ: served so, its answers would be wrong and nothing would show it.
+    if "source_fingerprint" in header.metadata:
+        raise UserError(
+            f"{header.path} was converted from a checkpoint, and {ONE_FILE_VARIABLE}, which lets "
+            f"layers share a file of random weights, is {only}: unset it"
+        )
+    return only
 
 
 def _check_scales(header: Header, layer_idx: int) -> None:

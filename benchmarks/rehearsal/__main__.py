@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from benchmarks.plot import load_pyplot
 from benchmarks.rehearsal import checkpoint, packed_layers, plan, result, variant
 from benchmarks.rehearsal.plot import draw
 from benchmarks.rehearsal.sizes import MOE_LAYERS, with_moe_layers
-from benchmarks.rehearsal.workspace import workspace
+from benchmarks.rehearsal.workspace import workspaces
 from benchmarks.server import REPOSITORY
 from deploy.launch.argv import resolve
 from deploy.settings.config import load
@@ -30,7 +30,7 @@ from examples.tiny.tokenizer import build_tokenizer, write_tokenizer
 from kt_kernel.errors import UserError
 from kt_kernel.host.machine import survey
 from kt_kernel.host.memory import read_memory
-from kt_kernel.packed import METHODS
+from kt_kernel.packed import METHODS, PackedLayout
 
 CACHE = REPOSITORY / ".cache" / "rehearsal"
 PROMPTS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -48,6 +48,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--layers", default="auto", help="auto (what the machine holds), the most, or N,N,N")
+    add("--check", type=int, metavar="N", help="serve N, too, and compare the others' line there")
     add("--method", choices=METHODS, default="int4", help="format of the experts (int4)")
     add("--resident", type=int, default=1, help="experts of each layer on the GPU (1)")
     add("--cpu", action="store_true", help="without a GPU, also where there is one")
@@ -55,6 +56,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--requests", type=int, nargs="+", help=f"that decode ({' '.join(map(str, REQUESTS))})")
     add("--rounds", type=int, default=3, help="of each measurement (3)")
     add("--soak", type=float, default=0, help="minutes under load, of the most layers (0)")
+    add("--own-files", action="store_true", help="a file for each layer, not one for all")
     add("--interference", action="store_true", help="a long prompt beside running answers, too")
     add("--no-profile", action="store_true", help="do not take a decode step apart")
     add("--folder", type=Path, help="for the files; default: memory (/dev/shm), else .cache")
@@ -82,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(found, args.plot)
+    if problem := found.get("check", {}).get("error"):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -126,12 +131,16 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         ignored = os.environ.get("KT_IGNORE_CHECKS", "")
         settings["KT_IGNORE_CHECKS"] = ",".join(filter(None, [ignored, "memory"]))
     values = _values(settings)
-    chosen = plan.choose(args.layers, room, args.method, args.resident, values)
-    with workspace(chosen.folder) as folder:
+    served = plan.Model(args.method, args.resident, values, not args.own_files)
+    chosen = plan.choose(args.layers, room, served, args.check)
+    with workspaces([chosen.folder, chosen.packed]) as (folder, packed_in):
         reads: Reads = {}
         _read("before", here.usable_cpus, reads)
-        variant.say(f"{_list(chosen.counts)} MoE layers, files in {folder}")
-        servers = _serve(args, chosen, settings, folder, here.usable_cpus, reads)
+        where = f"{folder} and {packed_in}" if packed_in != folder else f"{folder}"
+        more = f" and {chosen.check} to check the line" if chosen.check else ""
+        variant.say(f"{_list(chosen.counts)} MoE layers{more}, files in {where}")
+        files = _make(args, chosen, folder, packed_in)
+        servers, check = _serve(args, chosen, settings, files, here.usable_cpus, reads)
     found: dict[str, Any] = {
         "schema": result.SCHEMA,
         "kind": result.KIND,
@@ -145,42 +154,84 @@ def rehearse(args: argparse.Namespace) -> dict[str, Any]:
         "resident": args.resident,
         "settings": _changed_settings(settings),
         "reads GB/s": {when: vars(rate) for when, rate in reads.items()},
+        "one_file": served.one_file,
         "servers": servers,
     }
+    if check:
+        found["check"] = check
     if args.memory is not None:
         found["machine"]["memory_bytes"] = int(memory)
     if gpu:
         found["card_memory"] = {
             "free": float(gpu.free_bytes),
             "computed": result.computed_card_bytes(MOE_LAYERS, values, gpu),
-            "computed_here": result.computed_card_bytes(servers[-1]["layers"], values, gpu),
+            "computed_here": result.computed_card_bytes(
+                result.largest(found)["layers"], values, gpu
+            ),
         }
     return result.derive(found)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What was made of the largest model.
+
+    Attributes:
+        folder: for the views of fewer layers.
+        shards: files of the checkpoint.
+        layers: files of the packed layers.
+        layout: of one of these.
+        only: the layer whose file stands for all; None if each has its own.
+    """
+
+    folder: Path
+    shards: Path
+    layers: Path
+    layout: PackedLayout
+    only: int | None
+
+    def view(self, count: int, resident: int) -> tuple[Path, dict[str, str]]:
+        """A folder with the first ``count`` MoE layers, and the environment that serves it."""
+        view = self.folder / f"view-{count}"
+        model, weights, run = view / "model", view / "weights", view / "run"
+        checkpoint.write_view(model, self.shards, with_moe_layers(count), resident)
+        write_tokenizer(model, build_tokenizer(1024))
+        packed_layers.write_view(weights, self.layers, model, self.layout, self.only)
+        run.mkdir()
+        environment = {} if self.only is None else packed_layers.one_file(self.only)
+        environment |= {"KT_MODEL_PATH": str(model), "KT_WEIGHT_PATH": str(weights)}
+        return view, environment | {"KT_RUN_DIR": str(run)}
+
+
+def _make(args: argparse.Namespace, chosen: plan.Plan, folder: Path, packed_in: Path) -> Files:
+    """Write the files of the most layers, in folders that are there."""
+    started = time.monotonic()
+    most = with_moe_layers(chosen.most)
+    layout = plan.v32_layout(args.method)
+    shards, layers = folder / "shards", packed_in / "layers"
+    shards.mkdir()
+    layers.mkdir()
+    numbers = list(most.moe_layers)
+    only = None if args.own_files else numbers[0]
+    try:
+        checkpoint.write_shards(shards, most, args.resident)
+        packed_layers.write_layers(layers, layout, numbers if only is None else [only])
+    except OSError as error:
+        raise BenchmarkError(f"cannot write to {folder}: {error.strerror}") from None
+    variant.say(f"made the files in {time.monotonic() - started:.0f} s")
+    return Files(folder, shards, layers, layout, only)
 
 
 def _serve(
     args: argparse.Namespace,
     chosen: plan.Plan,
     settings: Mapping[str, str],
-    folder: Path,
+    files: Files,
     cpus: int,
     reads: Reads,
-) -> list[dict[str, Any]]:
-    """Make the files and measure each number of layers, and after each the read bandwidth."""
-    started = time.monotonic()
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """Measure each number of layers, and after each the read bandwidth; the check's apart."""
     on_cpu = settings["KT_DEVICE"] == "cpu"
-    most = with_moe_layers(chosen.counts[-1])
-    layout = plan.v32_layout(args.method)
-    shards, layers = folder / "shards", folder / "layers"
-    shards.mkdir()
-    layers.mkdir()
-    try:
-        checkpoint.write_shards(shards, most, args.resident)
-        packed_layers.write_layers(layers, layout, list(most.moe_layers))
-    except OSError as error:
-        raise BenchmarkError(f"cannot write to {folder}: {error.strerror}") from None
-    variant.say(f"made the files in {time.monotonic() - started:.0f} s")
-    tokenizer = build_tokenizer(1024)
     defaults = (PROMPTS_ON_CPU, REQUESTS_ON_CPU) if on_cpu else (PROMPTS, REQUESTS)
     questions = variant.Questions(
         prompts=tuple(defaults[0] if args.prompts is None else args.prompts),
@@ -189,27 +240,29 @@ def _serve(
         profile=not args.no_profile and not on_cpu,
         interference=args.interference,
     )
-    servers = []
+    servers: list[dict[str, Any]] = []
+
+    def measure(count: int) -> dict[str, Any]:
+        try:
+            view, environment = files.view(count, args.resident)
+        except OSError as error:
+            raise BenchmarkError(f"cannot write to {files.folder}: {error.strerror}") from None
+        asked = replace(questions, soak=args.soak if count == chosen.most else 0.0)
+        found = variant.measure(count, {**settings, **environment}, asked, view)
+        _read(f"after {count}", cpus, reads)
+        return found
+
     # The largest first: it says most if a later one fails.
     for count in reversed(chosen.counts):
-        view = folder / f"view-{count}"
-        sizes = with_moe_layers(count)
-        checkpoint.write_view(view / "model", shards, sizes, args.resident)
-        write_tokenizer(view / "model", tokenizer)
-        packed_layers.write_view(view / "weights", layers, view / "model", layout)
-        (view / "run").mkdir()
-        paths = {
-            "KT_MODEL_PATH": str(view / "model"),
-            "KT_WEIGHT_PATH": str(view / "weights"),
-            "KT_RUN_DIR": str(view / "run"),
-        }
-        load = args.soak if count == chosen.counts[-1] else 0.0
-        asked = replace(questions, soak=load)
-        servers.append(variant.measure(count, {**settings, **paths}, asked, view))
-        _read(f"after {count}", cpus, reads)
+        servers.insert(0, measure(count))
         if args.json:  # if the next one fails, this is not lost
-            _write(_partial(args.json), {"servers": servers})
-    return servers[::-1]
+            _write(_partial(args.json), {"servers": servers[::-1]})
+    if chosen.check is None:
+        return servers, None
+    try:
+        return servers, measure(chosen.check)
+    except (RuntimeError, TimeoutError) as error:  # the line does not need it
+        return servers, {"layers": chosen.check, "error": str(error)}
 
 
 def _read(when: str, cpus: int, reads: Reads) -> None:

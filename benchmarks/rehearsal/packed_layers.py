@@ -1,4 +1,11 @@
-"""Packed layers at real size, of random codes, with the manifest that ``serve`` asks for."""
+"""Packed layers at real size, of random codes, with the manifest that ``serve`` asks for.
+
+One file may stand under all layers' names: 6 GB on a disk, N times as many in memory. What is
+measured stays the same. Each layer reads the file into memory of its own, so no cache of the CPU
+serves one layer with what another has read; the time of a product does not depend on the weights'
+values; and which experts a token takes is decided by each layer's own router, from the checkpoint.
+Only the time to load would be another: from a slow disk, one file may be in a cache behind it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +25,7 @@ from convert.source.checkpoint import Checkpoint
 from deploy.launch.gpu_memory import V32_CONFIG
 from kt_kernel import KTMoEWrapper, _ext, packed
 from kt_kernel.files.safetensors_header import header_bytes
+from kt_kernel.layer_weights import ONE_FILE_VARIABLE
 
 #: Bytes of random codes; layers begin at different places of them.
 DRAWN = 1 << 28
@@ -90,8 +98,27 @@ def _write(file: int, data: NDArray[Any]) -> None:
         rest = rest[os.write(file, rest) :]
 
 
-def write_view(folder: Path, layers_in: Path, model: Path, layout: packed.PackedLayout) -> None:
-    """The weights of the checkpoint ``model``, of hard links, with their manifest."""
+def one_file(layer: int) -> dict[str, str]:
+    """The variable by which a server takes the file of ``layer`` for those of all layers."""
+    return {ONE_FILE_VARIABLE: str(layer)}
+
+
+def write_view(
+    folder: Path,
+    layers_in: Path,
+    model: Path,
+    layout: packed.PackedLayout,
+    only: int | None = None,
+) -> None:
+    """The weights of the checkpoint ``model``, of links to files, with their manifest.
+
+    Args:
+        folder: made here.
+        layers_in: of ``write_layers``.
+        model: the checkpoint's folder.
+        layout: of the packed layers.
+        only: the layer whose file is linked for all of them; None for each layer's own.
+    """
     folder.mkdir(parents=True)
     with Checkpoint(model) as checkpoint:
         moe_layers = tuple(checkpoint.dims.moe_layers())
@@ -108,7 +135,16 @@ def write_view(folder: Path, layers_in: Path, model: Path, layout: packed.Packed
     manifest = Manifest(folder, identity)
     for layer in moe_layers:
         name = packed.layer_file_name(layer)
-        os.link(layers_in / name, folder / name)
+        source = name if only is None else packed.layer_file_name(only)
+        _link(layers_in / source, folder / name)
         # Nothing was converted, so there is nothing to prove: no digests and no errors.
         manifest.layers[layer] = LayerRecord(name, (folder / name).stat().st_size, "", {}, {})
     (folder / packed.MANIFEST_NAME).write_bytes(manifest.content())
+
+
+def _link(file: Path, name: Path) -> None:
+    """Another name of a file, also where there are no hard links: on another filesystem."""
+    try:
+        os.link(file, name)
+    except OSError:
+        name.symlink_to(file.resolve())

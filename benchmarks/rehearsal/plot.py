@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plot import load_pyplot
+from benchmarks.rehearsal.line_check import seconds_of
 from benchmarks.rehearsal.sizes import MOE_LAYERS
 
 _COLOURS = {"kernels": "tab:blue", "copies": "tab:orange", "CPU experts": "tab:green"}
@@ -19,6 +20,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """
     pyplot = load_pyplot()
 
+    check = result.get("check") or {}
     figure, (decode, prefill, turn) = pyplot.subplots(1, 3, figsize=(16, 5), dpi=100)
     for axes, part, title, unit in (
         (decode, "decode", "a decode step, ms", 1e3),
@@ -28,9 +30,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for number, name in enumerate(names):
             colour = f"C{number % 10}"
             for server in result["servers"]:
-                found = server[part].get(name, [])
-                times = found["seconds"] if isinstance(found, dict) else found
+                times = seconds_of(server[part].get(name, []))
                 axes.plot([server["layers"]] * len(times), [unit * t for t in times], ".", c=colour)
+            if name in check.get(part, {}):
+                times = seconds_of(check[part][name])
+                axes.plot([check["layers"]] * len(times), [unit * t for t in times], "x", c=colour)
             cell = result["fits"][part].get(name)
             label = f"{name} request{'s' if name != '1' else ''}"
             label = label if part == "decode" else f"{name} tokens"
@@ -38,6 +42,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 ends = [cell["base"], cell["base"] + cell["per_layer"] * MOE_LAYERS]
                 line = [unit * max(t, 1e-6) for t in ends]
                 axes.plot([0, MOE_LAYERS], line, c=colour, linewidth=1, label=label)
+        if check.get(part):
+            axes.plot([], [], "x", c="0.3", label=f"{check['layers']} layers, not in the line")
         axes.set(xlabel="MoE layers", title=title, xlim=(0, MOE_LAYERS + 1))
         axes.grid(color="0.9")
         if names:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import stats
-from benchmarks.rehearsal import soak
+from benchmarks.rehearsal import line_check, soak
 from benchmarks.rehearsal.fit import extrapolate
 from benchmarks.rehearsal.packed_layers import layer_bytes
 from benchmarks.rehearsal.plan import v32_layout
@@ -27,10 +27,23 @@ Json = dict[str, Any]
 
 
 def derive(found: Json) -> Json:
-    """The result with all that follows from what was measured: ``fits`` and ``parts``."""
+    """The result with what follows from the measured: ``fits``, ``parts`` and ``line_check``."""
     best = max(_best_reads(found))
     derived = {**found, "fits": fits(found["servers"], best, found["method"])}
-    return {**derived, "parts": parts_of_step(derived)}
+    derived["parts"] = parts_of_step(derived)
+    if _is_measured(found.get("check")):
+        derived["line_check"] = line_check.compare(found["servers"], found["check"])
+    return derived
+
+
+def _is_measured(check: Json | None) -> bool:
+    return check is not None and "error" not in check
+
+
+def largest(found: Json) -> Json:
+    """What was found of the server with the most layers, the check's included."""
+    checks = [found["check"]] if _is_measured(found.get("check")) else []
+    return max([*found["servers"], *checks], key=lambda server: int(server["layers"]))
 
 
 def _best_reads(found: Json) -> list[float]:
@@ -51,14 +64,14 @@ def fits(servers: Sequence[Json], bandwidth: float, method: str) -> Json:
         ``bound``: seconds to read the weights of the experts that the calls of the largest server
         used, in all layers, and their ``experts`` a call.
     """
-    largest = servers[-1]
+    last = servers[-1]
     expert = layer_bytes(v32_layout(method)) / V32_CONFIG["n_routed_experts"]
     found: Json = {"prefill": {}, "decode": {}}
-    for tokens in largest["prefill"]:
+    for tokens in last["prefill"]:
         samples = {s["layers"]: s["prefill"][tokens] for s in servers if tokens in s["prefill"]}
         if estimate := extrapolate(samples, MOE_LAYERS):
             found["prefill"][tokens] = estimate.to_json()
-    for requests, cell in largest["decode"].items():
+    for requests, cell in last["decode"].items():
         samples = {
             s["layers"]: s["decode"][requests]["seconds"]
             for s in servers
@@ -102,8 +115,8 @@ def answer(result: Json) -> list[str]:
         )
     else:
         lines += _with_card(result)
-    lines += _memory(result)
-    if found := result["servers"][-1].get("soak"):
+    lines += _line_check(result) + _memory(result)
+    if found := largest(result).get("soak"):
         lines += soak.sentences(found)
     return lines
 
@@ -214,13 +227,11 @@ def _limit(result: Json) -> str:
     parts = result["parts"]
     cell = result["fits"]["decode"].get("1")
     if parts is None or cell is None:
-        largest = result["servers"][-1]
-        decode = next(iter(largest["decode"].values()))
+        last = result["servers"][-1]
+        decode = next(iter(last["decode"].values()))
         step = stats.median(decode["seconds"])
-        call = largest["layers"] * (decode["prepare"] + decode["workers"])
-        return (
-            f"the CPUs' experts take {call / step:.0%} of a step of {largest['layers']} MoE layers."
-        )
+        call = last["layers"] * (decode["prepare"] + decode["workers"])
+        return f"the CPUs' experts take {call / step:.0%} of a step of {last['layers']} MoE layers."
     shown = ", ".join(
         f"{name} {seconds * 1e3:.1f} ms ({seconds / cell['seconds']:.0%})"
         for name, seconds in parts.items()
@@ -230,9 +241,9 @@ def _limit(result: Json) -> str:
 
 def _without_card(result: Json) -> list[str]:
     """The CPU mode's own times say nothing of a server with a card: only the experts' part does."""
-    largest = result["servers"][-1]
+    most = largest(result)
     lines = ["Without a card only the experts' part of a step is like that of a server:"]
-    for requests, decode in largest["decode"].items():
+    for requests, decode in most["decode"].items():
         seconds = MOE_LAYERS * (decode["prepare"] + decode["workers"])
         lines.append(
             f"  {requests} request{'s' if requests != '1' else ''}: {seconds * 1e3:.0f} ms for "
@@ -241,13 +252,21 @@ def _without_card(result: Json) -> list[str]:
     return lines
 
 
+def _line_check(result: Json) -> list[str]:
+    if compared := result.get("line_check"):
+        return line_check.sentences(compared, result["servers"])
+    if check := result.get("check"):
+        return [f"{check['layers']} MoE layers, to check the line, could not be measured."]
+    return []
+
+
 def _memory(result: Json) -> list[str]:
     packed = MOE_LAYERS * layer_bytes(v32_layout(result["method"]))
     share = 1 - result["resident"] / V32_CONFIG["n_routed_experts"]
     needed = packed * (share if result["card"] else 1.0)
-    largest = result["servers"][-1]
-    here = needed / MOE_LAYERS * largest["layers"]
-    server = max(largest["memory_bytes"] - here, 0.0)
+    most = largest(result)
+    here = needed / MOE_LAYERS * most["layers"]
+    server = max(most["memory_bytes"] - here, 0.0)
     found = result["machine"]["memory_bytes"]
     total = needed + max(server, SERVER_BYTES)
     lines = [
@@ -258,8 +277,8 @@ def _memory(result: Json) -> list[str]:
     if card:
         lines.append(
             f"GPU memory: {in_gib(card['computed']['total'])} GiB computed for the whole model "
-            f"of {in_gib(card['free'])}; of {largest['layers']} MoE layers "
+            f"of {in_gib(card['free'])}; of {most['layers']} MoE layers "
             f"{in_gib(card['computed_here']['total'])} computed, "
-            f"{in_gib(largest['card_bytes'])} seen."
+            f"{in_gib(most['card_bytes'])} seen."
         )
     return lines

@@ -20,7 +20,8 @@ from kt_kernel.engine import TOTALS_VARIABLE
 PROFILED_STEPS = 12
 #: Decode steps that a time is the mean of, with up to FEW requests and with more.
 STEPS, STEPS_OF_MANY, FEW = 64, 32, 4
-START_LIMIT = 1200.0
+#: Seconds that a start may take, and each layer's loading from a slow disk besides.
+START_LIMIT, LOAD_LIMIT = 1200.0, 30.0
 #: What SGLang says of the card's memory, and our wrapper of loading.
 _MEMORY_LINE = re.compile(r"Load weight end|KV Cache is alloc|Memory pool end|CUDA graph end")
 _LOAD_LINE = re.compile(r"layer \d+: \d+(?: of \d+)?, ([\d.]+) GB in ([\d.]+) s, ([\d.]+) GB/s")
@@ -62,7 +63,8 @@ def measure(
     """
     environment = {**settings, TOTALS_VARIABLE: str(totals_file(folder, layers))}
     before = card_bytes()
-    server = Server(environment, folder / f"server-{layers}.log", start_limit=START_LIMIT)
+    limit = START_LIMIT + LOAD_LIMIT * layers
+    server = Server(environment, folder / f"server-{layers}.log", start_limit=limit)
     with server:
         say(f"{layers} MoE layers: ready after {server.start_seconds:.0f} s")
         try:

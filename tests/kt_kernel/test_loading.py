@@ -21,6 +21,7 @@ import torch
 from kt_kernel import KTMoEWrapper, packed
 from kt_kernel.errors import UserError
 from kt_kernel.files.safetensors_header import read_header
+from kt_kernel.layer_weights import ONE_FILE_VARIABLE
 from kt_kernel.load_progress import LoadProgress
 from tests.kt_kernel.layer_files import LAYOUTS, write_layer, write_random_layer
 
@@ -74,6 +75,39 @@ def test_progress_is_logged(
     with caplog.at_level(logging.INFO, "kt_kernel"):
         wrapper_of(tmp_path, LAYOUTS["int4"], 3).load_weights(torch.arange(4))
     assert f"kt_kernel: layer 3: {total}" in caplog.text
+
+
+def test_a_layer_takes_another_layers_file_only_where_the_variable_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a layer's file under another's name would be served, and answers be wrong unseen."""
+    file = write_layer(tmp_path, LAYOUTS["int4"], 3)
+    (tmp_path / packed.layer_file_name(4)).hardlink_to(file)
+
+    def load(layer: int) -> None:
+        wrapper_of(tmp_path, LAYOUTS["int4"], layer).load_weights(torch.arange(4))
+
+    with pytest.raises(UserError, match="has layer_idx 3, expected 4"):
+        load(4)
+    monkeypatch.setenv(ONE_FILE_VARIABLE, "3")
+    with caplog.at_level(logging.INFO, "kt_kernel"):
+        load(4)
+    assert "4 experts on the CPU, weights of layer 3" in caplog.text
+    monkeypatch.setenv(ONE_FILE_VARIABLE, "5")
+    with pytest.raises(UserError, match="has layer_idx 3, expected 5"):
+        load(3)
+    monkeypatch.setenv(ONE_FILE_VARIABLE, "yes")
+    with pytest.raises(UserError, match="'yes': expected the number of a decoder layer"):
+        load(3)
+
+
+def test_layers_share_no_file_that_was_converted_from_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_layer(tmp_path, LAYOUTS["int4"], 3, {"source_fingerprint": "f" * 64})
+    monkeypatch.setenv(ONE_FILE_VARIABLE, "3")
+    with pytest.raises(UserError, match="was converted from a checkpoint, and _KT_ONE_LAYER_FILE"):
+        wrapper_of(tmp_path, LAYOUTS["int4"], 3).load_weights(torch.arange(4))
 
 
 def resident_bytes() -> int:

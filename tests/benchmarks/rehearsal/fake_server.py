@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from kt_kernel.files.safetensors_header import read_header
+
 CONFIG = json.loads((Path(os.environ["KT_MODEL_PATH"]) / "config.json").read_text())
 MOE_LAYERS = CONFIG["num_hidden_layers"] - CONFIG["first_k_dense_replace"]
 TOTALS = Path(os.environ["_KT_ENGINE_TOTALS_FILE"])
@@ -80,6 +82,12 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
 
+# As a layer checks its file: one file for all has another number than its name.
+for path in Path(os.environ["KT_WEIGHT_PATH"]).glob("layer-*.safetensors"):
+    number = int(path.stem.removeprefix("layer-"))
+    expected = int(os.environ.get("_KT_ONE_LAYER_FILE", number))
+    if int(read_header(path).metadata["layer_idx"]) != expected:
+        sys.exit(f"{path}: expected the file of layer {expected}")
 if sys.argv[1:] == ["HANG"]:
     subprocess.Popen(["sleep", "600"]).wait()
 print("[x] kt_kernel: layer 3: 1 of 1, 5.8 GB in 0.5 s, 11.6 GB/s, 255 experts on the CPU")

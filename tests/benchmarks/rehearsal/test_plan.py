@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.rehearsal import plan
-from benchmarks.rehearsal.plan import TMPFS, Machine, choose, demand
+from benchmarks.rehearsal.plan import TMPFS, Machine, Model, choose, demand
 from benchmarks.server import REPOSITORY
 from deploy.settings.config import load
 from kt_kernel.host.gpus import Gpu
@@ -25,29 +25,64 @@ def card(gigabytes: float) -> Gpu:
 CARD = card(140)
 
 
-def chosen(wanted: str, machine: Machine) -> plan.Plan:
-    return choose(wanted, machine, "int4", 1, VALUES)
+MODEL = Model("int4", 1, VALUES)
+OWN_FILES = Model("int4", 1, VALUES, one_file=False)
+
+
+def chosen(
+    wanted: str, machine: Machine, model: Model = MODEL, check: int | None = None
+) -> plan.Plan:
+    return choose(wanted, machine, model, check)
 
 
 def test_a_layer_takes_what_it_takes() -> None:
-    one, two = (demand(n, "int4", 1, VALUES, CARD) for n in (1, 2))
+    one, two = (demand(n, OWN_FILES, CARD) for n in (1, 2))
     # A packed layer of 4.13 bits, and on the card attention, a shared and a resident expert.
     assert two.memory - one.memory == pytest.approx(5.82 * GB, rel=0.01)
-    assert two.files - one.files == pytest.approx(5.82 * GB + 0.32 * GB, rel=0.02)
+    assert two.packed - one.packed == pytest.approx(5.82 * GB, rel=0.01)
+    assert two.checkpoint - one.checkpoint == pytest.approx(0.31 * GB, rel=0.02)
     assert two.card - one.card == pytest.approx((0.32 + 0.046) * GB, rel=0.1)
-    in_cpu_mode = demand(1, "int4", 1, VALUES, None)
+    in_cpu_mode = demand(1, MODEL, None)
     assert in_cpu_mode.card == 0
     assert in_cpu_mode.memory > one.memory + 9 * GB  # embedding, head, dense layers in bf16
 
 
 def test_files_in_memory_count_twice_and_the_disk_takes_over() -> None:
     disks = {TMPFS: 100 * GB, DISK: 500 * GB}
-    assert chosen("8", Machine(124 * GB, disks, CARD)) == plan.Plan((1, 5, 8), TMPFS)
-    assert chosen("8", Machine(80 * GB, disks, CARD)) == plan.Plan((1, 5, 8), DISK)
+    for memory, packed, checkpoint in ((124, TMPFS, TMPFS), (110, TMPFS, DISK), (80, DISK, DISK)):
+        found = chosen("8", Machine(memory * GB, disks, CARD), OWN_FILES)
+        assert found == plan.Plan((1, 5, 8), checkpoint, packed), memory
     with pytest.raises(
         BenchmarkError, match=r"8 MoE layers do not fit: expected .* found 40\.0 GB"
     ):
-        chosen("8", Machine(40 * GB, disks, CARD))
+        chosen("8", Machine(40 * GB, disks, CARD), OWN_FILES)
+
+
+def test_with_one_packed_file_memory_is_what_limits() -> None:
+    """All 58 layers on a disk of 40 GB; 17 in 120 GB of memory, where 17 files do not fit."""
+    large = Machine(512 * GB, {DISK: 40 * GB}, CARD)
+    assert chosen("1,8,58", large) == plan.Plan((1, 8, 58), DISK, DISK)
+    with pytest.raises(BenchmarkError, match=r"58 MoE layers do not fit: expected .* of space in"):
+        chosen("1,8,58", large, OWN_FILES)
+    small = Machine(120 * GB, {TMPFS: 60 * GB, DISK: 64 * GB}, CARD)
+    assert chosen("17", small) == plan.Plan((1, 9, 17), DISK, TMPFS)
+    with pytest.raises(BenchmarkError, match=r"19 MoE layers do not fit: expected .* of memory"):
+        chosen("19", small)
+
+
+def test_the_check_is_a_server_more_that_has_to_fit_and_leaves_a_line() -> None:
+    machine = Machine(120 * GB, {DISK: 64 * GB}, CARD)
+    found = chosen("1,4,8", machine, check=16)
+    assert (found.counts, found.check, found.most) == ((1, 4, 8), 16, 16)
+    assert chosen("1,4,8", machine, check=8).counts == (1, 4)
+    assert chosen("1,4,8", machine, check=2).most == 8
+    with pytest.raises(BenchmarkError, match="58 MoE layers do not fit"):
+        chosen("1,4", machine, check=58)
+    with pytest.raises(BenchmarkError, match=r"--check 8: expected at least two other .* found 1 "):
+        chosen("1,8", machine, check=8)
+    for wrong in (0, 59):
+        with pytest.raises(BenchmarkError, match="expected a number of MoE layers from 1 to 58"):
+            chosen("1,4", machine, check=wrong)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +99,12 @@ def test_files_in_memory_count_twice_and_the_disk_takes_over() -> None:
 def test_auto_takes_what_memory_disk_and_card_hold(
     machine: Machine, counts: tuple[int, ...]
 ) -> None:
-    found = chosen("auto", machine)
+    found = chosen("auto", machine, OWN_FILES)
     assert found.counts == counts
     # One more would not have fitted, or is not wanted.
     if counts[-1] < plan.MOST:
         with pytest.raises(BenchmarkError, match="do not fit"):
-            chosen(str(counts[-1] + 1), machine)
+            chosen(str(counts[-1] + 1), machine, OWN_FILES)
 
 
 def test_nothing_fits_is_one_clear_error() -> None:

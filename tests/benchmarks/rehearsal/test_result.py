@@ -131,3 +131,17 @@ def test_one_number_of_layers_makes_no_promise(found: dict[str, Any]) -> None:
     text = "\n".join(result.answer(found))
     assert "ask for two or more" in text
     assert "tokens/s" not in text
+
+
+def test_memory_is_told_of_the_largest_server_which_may_be_the_check(
+    found: dict[str, Any],
+) -> None:
+    """That of 8 layers, 6 GB besides its experts, would promise too little."""
+    check = copy.deepcopy(SERVERS[-1]) | {"layers": 16, "memory_bytes": 5.82e9 * 16 + 9e9}
+    before = result.fits(found["servers"], 100, "int4")
+    found = result.derive(found | {"check": check | {"card_bytes": 14 * 2**30}})
+    assert found["fits"] == before  # it takes no part
+    text = "\n".join(result.answer(found))
+    assert "16 MoE layers measured, and the line through 1 and 4 and 8, without them" in text
+    assert "Memory: 346 GB" in text
+    assert "of 16 MoE layers 11.0 computed, 14.0 seen" in text
