@@ -96,7 +96,10 @@ void Staging::arrive(void* data) {
     shared.changed.notify_all();
   }
   const Buffer& buffer = shared.buffer(arrival->piece);
-  shared.changed.wait(lock, [&] { return shared.stopping || buffer.filled >= arrival->piece; });
+  shared.changed.wait(lock, [&] {
+    // A thread that ends writes to the end, and the device must not read beside it.
+    return buffer.filled >= arrival->piece || (shared.stopping && !buffer.filling);
+  });
 }
 
 int64_t Staging::add(const uint8_t* from, size_t bytes) {
