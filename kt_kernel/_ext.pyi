@@ -131,7 +131,8 @@ class Engine:
         """Sums over the layer calls that have ended.
 
         ``calls``, their ``tokens``, the ``experts`` that each of them read, and nanoseconds:
-        ``prepare_ns`` until a call is with the workers, ``workers_ns`` until they are through.
+        ``prepare_ns`` until a call is with the workers, ``workers_ns`` until they are through
+        with it, without their time for the calls before it.
         """
 
     def take_buffer(self, bytes: int) -> NDArray[np.uint8]:
@@ -151,6 +152,9 @@ class ExpertMask:
     @property
     def array(self) -> NDArray[np.bool_]:
         """[num_experts], the memory itself; may be changed between calls."""
+
+class Deferred:
+    """The sum of experts that a call has left for the next layer's; not taken, it is dropped."""
 
 class Layer:
     """One layer's experts: E of them, of which a token uses k.
@@ -216,7 +220,9 @@ class Layer:
         ids: NDArray[np.int32] | NDArray[np.int64],
         weights: NDArray[np.float32],
         out: NDArray[Any],
-    ) -> Job:
+        deferred: int = 0,
+        before: Deferred | None = None,
+    ) -> tuple[Job, Deferred | None]:
         """Queue a call; the inputs have been read when this returns.
 
         Args:
@@ -225,6 +231,12 @@ class Layer:
             weights: [T, k].
             out: as many bytes as x, from ``take_like`` or ``take_buffer``; becomes [T, H] in x's
                 dtype. The job holds it, too.
+            deferred: of each token's experts, that many of the smallest weights (of equal ones the
+                later) are left to the next layer's call instead; none where it is 0.
+            before: what the layer before has left for a call of T tokens; added to ``out``.
+
+        Returns:
+            The job of ``out``, and what is left; None without ``deferred``.
         """
 
     @property
@@ -311,14 +323,9 @@ class StreamContext:
         """Let calls fail that their stream has waited for longer than this, at most a year."""
 
 class StreamLayer:
-    """Puts a layer's calls on a CUDA stream; legal inside a capture, and never waits.
+    """Puts a layer's calls on a CUDA stream; legal inside a capture, and never waits."""
 
-    With ``deferred``, calls of the experts that the layer defers, which end in the next layer.
-    """
-
-    def __init__(
-        self, context: StreamContext, layer: Layer, layer_idx: int, deferred: bool = False
-    ) -> None: ...
+    def __init__(self, context: StreamContext, layer: Layer, layer_idx: int) -> None: ...
     def submit(
         self,
         stream: int,
@@ -328,6 +335,8 @@ class StreamLayer:
         ids: int,
         int64_ids: bool,
         weights: int,
+        deferred: int = 0,
+        before: StreamLayer | None = None,
     ) -> None:
         """As ``Layer.submit``, but a bad id is left out and becomes the context's ``failure``.
 
@@ -339,11 +348,14 @@ class StreamLayer:
             ids: address on the device of [tokens, k].
             int64_ids: whether ids are int64, not int32.
             weights: address on the device of [tokens, k], fp32.
+            deferred: as for ``Layer.submit``.
+            before: the layer whose last call was submitted with ``deferred``, for as many tokens;
+                what it leaves is added to this call's output.
 
         Raises:
-            ValueError: a null address, an unknown dtype, or tokens out of range.
-            RuntimeError: what CUDA refuses, a submit before it without sync, or a call that failed
-                earlier.
+            ValueError: a null address, an unknown dtype, or a number out of range.
+            RuntimeError: what CUDA refuses, a submit before it without sync, a call that failed
+                earlier, or ``before`` has left nothing.
         """
 
     def sync(self, stream: int, out: int) -> None:

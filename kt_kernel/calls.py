@@ -60,11 +60,6 @@ class Queued(NamedTuple):
     job: _ext.Job
     output: torch.Tensor
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the output."""
-        return self.output.shape
-
     def result(self) -> torch.Tensor:
         """Wait for the job; its output, [T, H]."""
         self.job.wait()
@@ -77,11 +72,6 @@ class OnStream(NamedTuple):
     layer: _ext.StreamLayer
     like: torch.Tensor
 
-    @property
-    def shape(self) -> torch.Size:
-        """Of the output."""
-        return self.like.shape
-
     def result(self) -> torch.Tensor:
         """Put the call's end on the stream; what its output will be, [T, H]."""
         output = torch.empty_like(self.like)
@@ -89,17 +79,25 @@ class OnStream(NamedTuple):
         return output
 
 
-Part = TypeVar("Part", Queued, OnStream)
+#: What a layer's call leaves: in main memory, or on the CUDA stream that is being captured.
+Left = TypeVar("Left", _ext.Deferred, _ext.StreamLayer)
 
 
 class Deferred(NamedTuple):
-    """The experts of a layer's call that go into the next MoE layer's output."""
+    """The experts of a layer's call that go into the next MoE layer's output.
+
+    Attributes:
+        layer_idx: the layer's.
+        shape: of its batch, [T, H].
+        left: what the next layer's call takes.
+    """
 
     layer_idx: int
-    call: Queued | OnStream
+    shape: torch.Size
+    left: _ext.Deferred | _ext.StreamLayer
 
-    def into(self, layer_idx: int, shape: torch.Size, kind: type[Part]) -> Part | None:
-        """The call, for the output [T, H] of layer ``layer_idx`` in a pass of this kind.
+    def into(self, layer_idx: int, shape: torch.Size, kind: type[Left]) -> Left | None:
+        """What the call of layer ``layer_idx`` with a batch [T, H] takes, in a pass of this kind.
 
         A pass goes through the layers in their order: what a later layer or this one has left is
         of a pass that was never finished, and is dropped.
@@ -107,16 +105,15 @@ class Deferred(NamedTuple):
         Raises:
             UserError: it is of another batch.
         """
-        call, in_order = self.call, self.layer_idx < layer_idx
-        if not isinstance(call, kind) or not in_order:
+        if not isinstance(self.left, kind) or self.layer_idx >= layer_idx:
             return None
-        if call.shape != shape:
+        if self.shape != shape:
             raise UserError(
                 f"layer {layer_idx} is called with {shape[0]} tokens after layer {self.layer_idx} "
-                f"has deferred experts of {call.shape[0]} tokens: expected the same batch; "
+                f"has deferred experts of {self.shape[0]} tokens: expected the same batch; "
                 "set KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
             )
-        return call
+        return self.left
 
 
 class LeftByThread(threading.local):
@@ -137,18 +134,6 @@ class LeftByThread(threading.local):
 LEFT = LeftByThread()
 
 
-class Started(NamedTuple):
-    """A layer's own experts, and what the layer before has left for the same output."""
-
-    now: Queued | OnStream
-    before: Queued | OnStream | None
-
-    def result(self) -> torch.Tensor:
-        """The sum of both, [T, H]."""
-        output = self.now.result()
-        return output if self.before is None else output.add_(self.before.result())
-
-
 class FromCuda(NamedTuple):
     """A call whose inputs are on their way from a CUDA device.
 
@@ -162,7 +147,7 @@ class FromCuda(NamedTuple):
     device: torch.device
     copied: torch.cuda.Event
     inputs: Batch
-    start: Callable[[Batch], Started]
+    start: Callable[[Batch], Queued]
 
     def result(self) -> torch.Tensor:
         """Wait for the inputs, then for the call; its output on the device, [T, H]."""

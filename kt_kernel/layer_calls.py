@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from kt_kernel import _ext
@@ -14,30 +12,15 @@ from kt_kernel.calls import (
     Call,
     Deferred,
     FromCuda,
+    Left,
     OnStream,
-    Part,
     Queued,
-    Started,
     current_stream,
 )
 from kt_kernel.errors import UserError
 from kt_kernel.gpu_prefill.layer import LayerOnCard
 from kt_kernel.layer_weights import LayerWeights
 from kt_kernel.stream import stream_context
-
-
-class Experts(NamedTuple):
-    """The ids [T, k] of a batch by when they are computed; -1 in place of the others."""
-
-    now: torch.Tensor
-    deferred: torch.Tensor | None
-
-
-def split_lightest(ids: torch.Tensor, weights: torch.Tensor, count: int) -> Experts:
-    """Each token's ``count`` smallest weights deferred, the others now."""
-    lightest = weights.topk(count, largest=False).indices
-    later = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, lightest, True)
-    return Experts(ids.masked_fill(later, -1), ids.masked_fill(~later, -1))
 
 
 class LayerCalls:
@@ -53,8 +36,8 @@ class LayerCalls:
         self._weights = weights
         #: Divides calls of many tokens between the card and the CPUs, where there is a card.
         self.on_card: LayerOnCard | None = None
-        #: Calls in CUDA graphs: of its own experts, and of those deferred.
-        self._on_stream: tuple[_ext.StreamLayer, _ext.StreamLayer] | None = None
+        #: Calls in CUDA graphs, and of what.
+        self._on_stream: tuple[_ext.StreamLayer, _ext.Layer] | None = None
 
     def leave_card(self) -> None:
         """Before the layer's weights change: no copy to the card reads them any more."""
@@ -79,62 +62,66 @@ class LayerCalls:
                 return divided
         return FromCuda(batch.x.device, copied, here, queue)
 
-    def split(self, batch: Batch) -> Experts:
-        """Which of the batch's experts are computed when."""
-        if self.num_deferred:
-            return split_lightest(batch.ids, batch.weights, self.num_deferred)
-        return Experts(batch.ids, None)
-
-    def queue(self, batch: Batch) -> Started:
+    def queue(self, batch: Batch) -> Queued:
         """Give a batch in main memory to the workers."""
-        batch = _for_workers(batch)
-        before = self._take_deferred(batch, Queued)
-        experts = self.split(batch)
-        now = self._queue(batch._replace(ids=experts.now))
-        if experts.deferred is not None:
-            self._leave(self._queue(batch._replace(ids=experts.deferred)))
-        return Started(now, before)
+        return self._queue(batch, self.num_deferred)
 
-    def queue_all(self, batch: Batch) -> Started:
+    def queue_all(self, batch: Batch) -> Queued:
         """The same, with none of its experts deferred."""
-        batch = _for_workers(batch)
-        return Started(self._queue(batch), self._take_deferred(batch, Queued))
+        return self._queue(batch, 0)
 
-    def _queue(self, batch: Batch) -> Queued:
+    def _queue(self, batch: Batch, num_deferred: int) -> Queued:
+        batch = _for_workers(batch)
+        before = self._take_deferred(batch, _ext.Deferred)
         wide = batch.x.dtype == torch.float32
         rows = batch.x.numpy() if wide else batch.x.view(torch.uint16).numpy()
         memory = self._weights.engine.take_like(rows)
+        ids, weights = batch.ids.numpy(), batch.weights.numpy()
         try:
-            job = self._weights.layer.submit(rows, batch.ids.numpy(), batch.weights.numpy(), memory)
+            job, left = self._weights.layer.submit(rows, ids, weights, memory, num_deferred, before)
         except ValueError as error:
             raise UserError(f"layer {self._weights.layer_idx}: {error}") from None
+        self._leave(batch, left)
         output = torch.from_numpy(memory)
         return Queued(job, output if wide else output.view(torch.bfloat16))
 
-    def capture(self, batch: Batch) -> Started:
+    def capture(self, batch: Batch) -> OnStream:
         """Put a call on the stream being captured; nothing runs before the graph's replay."""
-        if self._on_stream is None:
-            arguments = stream_context(), self._weights.layer, self._weights.layer_idx
-            self._on_stream = _ext.StreamLayer(*arguments), _ext.StreamLayer(*arguments, True)
+        on_stream = self._stream_layer()
         # Copies that this makes are freed here, but reused only by what comes later on the stream.
         batch = batch.contiguous()
-        before = self._take_deferred(batch, OnStream)
-        experts = self.split(batch)
-        now = _put_on_stream(self._on_stream[0], batch._replace(ids=experts.now))
-        if experts.deferred is not None:
-            deferred = batch._replace(ids=experts.deferred)
-            self._leave(_put_on_stream(self._on_stream[1], deferred))
-        return Started(now, before)
+        on_stream.submit(
+            current_stream(batch.x),
+            batch.x.data_ptr(),
+            ACTIVATION_DTYPES[batch.x.dtype],
+            batch.x.shape[0],
+            batch.ids.data_ptr(),
+            batch.ids.dtype == torch.int64,
+            batch.weights.data_ptr(),
+            self.num_deferred,
+            self._take_deferred(batch, _ext.StreamLayer),
+        )
+        self._leave(batch, on_stream if self.num_deferred else None)
+        return OnStream(on_stream, batch.x)
 
-    def _take_deferred(self, batch: Batch, kind: type[Part]) -> Part | None:
+    def _stream_layer(self) -> _ext.StreamLayer:
+        """Where another layer's weights were loaded, graphs of the one before fail from then on."""
+        layer = self._weights.layer
+        if self._on_stream is None or self._on_stream[1] is not layer:
+            on_stream = _ext.StreamLayer(stream_context(), layer, self._weights.layer_idx)
+            self._on_stream = on_stream, layer
+        return self._on_stream[0]
+
+    def _take_deferred(self, batch: Batch, kind: type[Left]) -> Left | None:
         """What the MoE layer before has left for this one's output, in a pass of this kind."""
         deferred = LEFT.swap(None)
         if deferred is None:
             return None
         return deferred.into(self._weights.layer_idx, batch.x.shape, kind)
 
-    def _leave(self, call: Queued | OnStream) -> None:
-        LEFT.swap(Deferred(self._weights.layer_idx, call))
+    def _leave(self, batch: Batch, left: _ext.Deferred | _ext.StreamLayer | None) -> None:
+        if left is not None:
+            LEFT.swap(Deferred(self._weights.layer_idx, batch.x.shape, left))
 
 
 def _for_workers(batch: Batch) -> Batch:
@@ -142,19 +129,6 @@ def _for_workers(batch: Batch) -> Batch:
     if batch.x.requires_grad or batch.weights.requires_grad:
         batch = batch.detached()
     return batch
-
-
-def _put_on_stream(layer: _ext.StreamLayer, batch: Batch) -> OnStream:
-    layer.submit(
-        current_stream(batch.x),
-        batch.x.data_ptr(),
-        ACTIVATION_DTYPES[batch.x.dtype],
-        batch.x.shape[0],
-        batch.ids.data_ptr(),
-        batch.ids.dtype == torch.int64,
-        batch.weights.data_ptr(),
-    )
-    return OnStream(layer, batch.x)
 
 
 def _copy_from_cuda(batch: Batch) -> tuple[torch.cuda.Event, Batch]:

@@ -76,6 +76,11 @@ inline const void* checked_weights(const pybind11::array& array, const std::vect
   fail_argument(name, " has a dtype that this function does not know");
 }
 
+inline int64_t checked_deferred(int64_t count) {
+  if (count < 0) fail_argument("deferred is ", count, ": expected at least 0");
+  return count;
+}
+
 // On a device: all that can be told from here is that there is one.
 inline const void* checked_address(uintptr_t address, const char* name) {
   if (address == 0) fail_argument(name, " is a null address");

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "bindings/arguments.h"
 #include "bindings/bindings.h"
+#include "moe/layer_job.h"
 #include "targets/dispatch.h"
 
 namespace py = pybind11;
@@ -77,8 +78,9 @@ void load_matrices(Layer& layer, const std::array<py::array, 3>& weights, const 
   layer.load_matrices(stacked, source);
 }
 
-std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& ids,
-                            const py::array& weights, const py::array& out) {
+std::pair<std::shared_ptr<Job>, std::shared_ptr<Deferred>> submit(
+    Layer& layer, const py::array& x, const py::array& ids, const py::array& weights,
+    const py::array& out, int64_t num_deferred, std::shared_ptr<Deferred> before) {
   if (x.ndim() != 2) fail_argument("x has ", x.ndim(), " dimensions, expected 2");
   const int64_t tokens = x.shape(0);
   const std::vector<int64_t> routing = {tokens, layer.config().top_k};
@@ -96,9 +98,12 @@ std::shared_ptr<Job> submit(Layer& layer, const py::array& x, const py::array& i
                         ? static_cast<const void*>(checked_data<int64_t>(ids, routing, "ids"))
                         : checked_data<int32_t>(ids, routing, "ids");
   inputs.weights = checked_data<float>(weights, routing, "weights");
-  std::shared_ptr<uint8_t> held = lent(out, layer.output_bytes(inputs.dtype, tokens));
+  CallOutput output{lent(out, layer.output_bytes(inputs.dtype, tokens)), inputs.dtype,
+                    std::move(before)};
+  checked_deferred(num_deferred);
   const WithoutGil released;
-  return layer.submit(inputs, std::move(held));
+  const auto [job, deferred] = layer.submit(inputs, std::move(output), num_deferred);
+  return {job, deferred};
 }
 
 // The slices' memory, which each array keeps alive with its layer; nobody writes there.
@@ -120,6 +125,8 @@ py::list slices_of(const std::shared_ptr<Layer>& layer) {
 void bind_layer(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def("wait", [](Job& job) { WorkerPool::wait(job); }, py::call_guard<WithoutGil>());
+
+  py::class_<Deferred, std::shared_ptr<Deferred>>(module, "Deferred");
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::vector<std::vector<int>> cpus, int slices, const std::string& target) {
@@ -172,7 +179,8 @@ void bind_layer(py::module_& module) {
       .def("load_file", &load_file, py::arg("path"), py::arg("offsets"), py::arg("tables"),
            py::arg("source"))
       .def("load_matrices", &load_matrices, py::arg("weights"), py::arg("dtype"), py::arg("source"))
-      .def("submit", &submit, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"))
+      .def("submit", &submit, py::arg("x"), py::arg("ids"), py::arg("weights"), py::arg("out"),
+           py::arg("deferred") = 0, py::arg("before") = nullptr)
       .def_property_readonly("weight_bytes", &Layer::weight_bytes)
       .def_property_readonly("token_counts",
                              [](const Layer& layer) {

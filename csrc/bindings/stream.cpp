@@ -69,21 +69,23 @@ void bind_stream(py::module_& module) {
       .def_property("flags", &StreamContext::flags, &StreamContext::set_flags);
 
   py::class_<StreamLayer>(module, "StreamLayer")
-      .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int, bool>(),
-           py::arg("context").none(false), py::arg("layer").none(false), py::arg("layer_idx"),
-           py::arg("deferred") = false)
+      .def(py::init<std::shared_ptr<StreamContext>, std::shared_ptr<Layer>, int>(),
+           py::arg("context").none(false), py::arg("layer").none(false), py::arg("layer_idx"))
       .def(
           "submit",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t x, const std::string& dtype,
-             int64_t tokens, uintptr_t ids, bool int64_ids, uintptr_t weights) {
+             int64_t tokens, uintptr_t ids, bool int64_ids, uintptr_t weights, int64_t deferred,
+             StreamLayer* before) {
             const CallInputs inputs{checked_address(x, "x"), parse_activation_dtype(dtype), tokens,
                                     ExpertIds{checked_address(ids, "ids"), int64_ids},
                                     static_cast<const float*>(checked_address(weights, "weights"))};
+            checked_deferred(deferred);
             const WithoutGil released;
-            layer.submit(reinterpret_cast<CudaStream>(stream), inputs);
+            layer.submit(reinterpret_cast<CudaStream>(stream), inputs, deferred, before);
           },
           py::arg("stream"), py::arg("x"), py::arg("dtype"), py::arg("tokens"), py::arg("ids"),
-          py::arg("int64_ids"), py::arg("weights"))
+          py::arg("int64_ids"), py::arg("weights"), py::arg("deferred") = 0,
+          py::arg("before") = nullptr)
       .def(
           "sync",
           [](StreamLayer& layer, uintptr_t stream, uintptr_t out) {

@@ -22,9 +22,13 @@ CallTotals Engine::totals() const {
   return totals_;
 }
 
-void Engine::add_to_totals(const CallTotals& call) noexcept {
+void Engine::add_to_totals(CallTotals call,
+                           std::chrono::steady_clock::time_point submitted) noexcept {
   const std::lock_guard lock(totals_mutex_);
-  totals_.calls += call.calls;
+  const auto begin = std::max(submitted, last_end_);
+  last_end_ = std::chrono::steady_clock::now();
+  call.workers_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(last_end_ - begin).count();
+  ++totals_.calls;
   totals_.tokens += call.tokens;
   totals_.experts += call.experts;
   totals_.prepare_ns += call.prepare_ns;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -44,7 +45,8 @@ struct CallTotals {
   int64_t tokens = 0;
   int64_t experts = 0;     // of each call, those that at least one token uses: what it reads
   int64_t prepare_ns = 0;  // from a call's start to its submission: routing, few inputs to int8
-  int64_t workers_ns = 0;  // from there to the end of its last worker
+  // From there, or from the end of the call before it, to the end of its last worker.
+  int64_t workers_ns = 0;
 };
 
 class Engine {
@@ -57,7 +59,9 @@ class Engine {
   void give_memory(std::unique_ptr<CallMemory> memory) noexcept;
 
   CallTotals totals() const;
-  void add_to_totals(const CallTotals& call) noexcept;
+  // A call of the workers from its submission until now, but for `workers_ns` and `calls`, which
+  // this counts.
+  void add_to_totals(CallTotals call, std::chrono::steady_clock::time_point submitted) noexcept;
 
   int slices() const { return static_cast<int>(scratch.size()); }
 
@@ -67,6 +71,8 @@ class Engine {
   std::mutex submission;         // one call at a time, which may grow the scratch
   std::vector<Scratch> scratch;  // of each slice
   const std::shared_ptr<BufferStore> outputs = std::make_shared<BufferStore>();
+  // Sums of deferred experts, which no device reads.
+  const std::shared_ptr<BufferStore> deferred_sums = std::make_shared<BufferStore>();
 
  private:
   std::mutex memory_mutex_;  // never held while waiting for a job: jobs give memory back
@@ -74,6 +80,7 @@ class Engine {
   size_t memories_ = 0;  // made so far
   mutable std::mutex totals_mutex_;
   CallTotals totals_;
+  std::chrono::steady_clock::time_point last_end_;  // of a call
 
  public:
   WorkerPool pool;  // last: its workers end before the memory goes

@@ -156,17 +156,43 @@ size_t Layer::output_bytes(ActivationDtype dtype, int64_t tokens) const {
   return static_cast<size_t>(tokens) * row_bytes(dtype);
 }
 
-std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs, std::shared_ptr<void> out) {
+std::shared_ptr<LayerJob> Layer::make_job(const CallInputs& inputs, const Slots& slots,
+                                          CallOutput output) {
   if (!loaded_) fail_runtime("the layer has no weights: call load_weights first");
-  return std::make_shared<LayerJob>(*this, *engine_, inputs, std::move(out));
+  if (const Deferred* const before = output.before.get())
+    if (before->tokens != inputs.tokens || before->width != config_.hidden_size)
+      fail_argument("what the layer before has deferred is [", before->tokens, ", ", before->width,
+                    "], expected [", inputs.tokens, ", ", config_.hidden_size, "]");
+  return std::make_shared<LayerJob>(*this, *engine_, inputs, slots, std::move(output));
 }
 
-std::shared_ptr<Job> Layer::submit(const CallInputs& inputs, std::shared_ptr<void> out) {
-  auto job = make_job(inputs, std::move(out));
+std::shared_ptr<Deferred> Layer::make_deferred(const CallInputs& inputs, const Slots& slots) {
+  const auto sums =
+      engine_->deferred_sums->take(output_bytes(ActivationDtype::kFp32, inputs.tokens));
+  auto job = make_job(inputs, slots, {sums, ActivationDtype::kFp32, nullptr});
+  return std::make_shared<Deferred>(
+      Deferred{std::move(job), sums, inputs.tokens, config_.hidden_size});
+}
+
+Layer::Submitted Layer::submit(const CallInputs& inputs, CallOutput output, int64_t num_deferred) {
+  std::vector<uint8_t> later;
+  Slots now;
+  if (num_deferred > 0) {
+    mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config_.top_k, num_deferred,
+                  config_.num_experts, later);
+    now.marks = later.data();
+  }
+  const auto job = make_job(inputs, now, std::move(output));
   if (const auto& bad = job->bad_id()) fail_argument(describe(*bad, config_.num_experts));
+  const auto deferred =
+      num_deferred > 0 ? make_deferred(inputs, {later.data(), 1}) : std::shared_ptr<Deferred>();
   LayerJob::submit(job, false);
   job->wait_for_inputs();
-  return job;
+  if (deferred) {
+    LayerJob::submit(deferred->job, false);
+    deferred->job->wait_for_inputs();
+  }
+  return {job, deferred};
 }
 
 }  // namespace kt

@@ -36,6 +36,20 @@ using FileOffsets = std::array<int64_t, 3>;
 
 class LayerJob;
 
+// What a call leaves for the output of the next MoE layer's call on the same batch.
+struct Deferred {
+  std::shared_ptr<LayerJob> job;
+  std::shared_ptr<uint8_t> sums;  // fp32 [tokens, width], complete when the job has ended well
+  int64_t tokens = 0;
+  int64_t width = 0;
+};
+
+struct CallOutput {
+  std::shared_ptr<void> rows;  // [tokens, hidden] of `dtype`, held for as long as they are written
+  ActivationDtype dtype = ActivationDtype::kFp32;
+  std::shared_ptr<Deferred> before;  // added before rounding; null is nothing
+};
+
 class Layer {
  public:
   // The intermediate size is cut into as many slices as the engine has, in multiples of
@@ -72,16 +86,23 @@ class Layer {
   std::vector<int64_t> token_counts() const;
   void count_tokens(const Routing& routing) noexcept;
 
-  // Queues out = sum over top-k of weight * expert(x) for each row. Has read the inputs when it
-  // returns, many rows of x with the workers' help. The job holds `out`, [tokens, hidden] in the
-  // dtype of x, for as long as it may write there. Throws std::invalid_argument for a bad expert
-  // id.
-  std::shared_ptr<Job> submit(const CallInputs& inputs, std::shared_ptr<void> out);
+  struct Submitted {
+    std::shared_ptr<LayerJob> job;
+    std::shared_ptr<Deferred> deferred;  // null where none are
+  };
+  // Queues the sum over top-k of weight * expert(x) for each row, but that of each token's
+  // `num_deferred` smallest weights is queued behind it as what the call leaves. Has read the
+  // inputs when it returns, many rows of x with the workers' help. Throws std::invalid_argument for
+  // a bad expert id.
+  Submitted submit(const CallInputs& inputs, CallOutput output, int64_t num_deferred);
   // The first of two steps, the other is LayerJob::submit, for inputs that stay until the job has
   // ended: they are not copied, and a bad id is left out, which the job's bad_id() tells. Between
   // the steps somebody else may get to know the job, and abandon it where it has to wait for its
   // turn.
-  std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, std::shared_ptr<void> out);
+  std::shared_ptr<LayerJob> make_job(const CallInputs& inputs, const Slots& slots,
+                                     CallOutput output);
+  // The same for slots whose sum is left to the next layer.
+  std::shared_ptr<Deferred> make_deferred(const CallInputs& inputs, const Slots& slots);
   // The workers' CPUs, group after group.
   const std::vector<std::vector<int>>& worker_cpus() const { return engine_->pool.cpus(); }
   // As WorkerPool::abandon.

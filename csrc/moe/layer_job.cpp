@@ -41,8 +41,8 @@ void reserve(std::vector<std::atomic<int32_t>>& counters, size_t count) {
 
 }  // namespace
 
-LayerJob::LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs,
-                   std::shared_ptr<void> out)
+LayerJob::LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs, const Slots& slots,
+                   CallOutput output)
     : layer_(layer),
       engine_(engine),
       kernels_(engine.kernels),
@@ -50,10 +50,10 @@ LayerJob::LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs,
       dtype_(inputs.dtype),
       tokens_(inputs.tokens),
       x_(inputs.x),
-      out_(std::move(out)),
+      output_(std::move(output)),
       memory_(engine.take_memory()),
       routing_(memory_->routing) {
-  group_by_expert(inputs.ids, inputs.weights, tokens_, config_.top_k, layer.on_gpu(),
+  group_by_expert(inputs.ids, inputs.weights, tokens_, config_.top_k, slots, layer.on_gpu(),
                   config_.num_experts, routing_);
   bad_ = routing_.bad;
   const size_t experts = routing_.experts.size(), slices = layer.slices().size();
@@ -98,13 +98,13 @@ void LayerJob::submit(const std::shared_ptr<LayerJob>& job, bool kept) {
 }
 
 void LayerJob::finish() noexcept {
-  const auto nanoseconds = [](Clock::duration d) {
-    return static_cast<int64_t>(std::chrono::nanoseconds(d).count());
-  };
   layer_.count_tokens(routing_);
-  engine_.add_to_totals({1, tokens_, static_cast<int64_t>(routing_.experts.size()),
-                         nanoseconds(submitted_ - started_),
-                         nanoseconds(Clock::now() - submitted_)});
+  CallTotals totals;
+  totals.tokens = tokens_;
+  totals.experts = static_cast<int64_t>(routing_.experts.size());
+  totals.prepare_ns = std::chrono::nanoseconds(submitted_ - started_).count();
+  engine_.add_to_totals(totals, submitted_);
+  output_.before.reset();
   engine_.give_memory(std::move(memory_));
 }
 
@@ -186,6 +186,8 @@ void LayerJob::run(int phase, const Worker& worker) {
       if (counts && --left == 0) left.notify_all();
     }
   } reader{readers_, phase == 0 && readers_ > 0};
+  // Jobs run in their order, so it has ended; this throws if it has not ended well.
+  if (phase == 0 && output_.before) WorkerPool::wait(*output_.before->job);
   const size_t slices = layer_.slices().size();
   for (auto s = static_cast<size_t>(worker.group); s < slices;
        s += static_cast<size_t>(worker.groups)) {
@@ -332,7 +334,8 @@ void LayerJob::down(size_t slice, const Worker& worker) {
   }
 }
 
-// The sum over slices of the column groups [begin, end), to the output in its dtype.
+// The sum over slices of the column groups [begin, end), and what the layer before has left for
+// them, to the output in its dtype.
 void LayerJob::write_columns(int64_t begin, int64_t end, const Worker& worker) {
   const int64_t column = begin * kDownPanels * kPanelRows;
   const int64_t columns = end * kDownPanels * kPanelRows - column;
@@ -344,10 +347,14 @@ void LayerJob::write_columns(int64_t begin, int64_t end, const Worker& worker) {
       for (int64_t i = 0; i < columns; ++i) sum[i] += more[i];
     }
     const int64_t to = row * config_.hidden_size + column;
-    if (dtype_ == ActivationDtype::kBf16) {
-      kernels_.store_bf16(sum, columns, static_cast<uint16_t*>(out_.get()) + to);
+    if (output_.before) {
+      const float* const more = reinterpret_cast<const float*>(output_.before->sums.get()) + to;
+      for (int64_t i = 0; i < columns; ++i) sum[i] += more[i];
+    }
+    if (output_.dtype == ActivationDtype::kBf16) {
+      kernels_.store_bf16(sum, columns, static_cast<uint16_t*>(output_.rows.get()) + to);
     } else {
-      std::copy_n(sum, columns, static_cast<float*>(out_.get()) + to);
+      std::copy_n(sum, columns, static_cast<float*>(output_.rows.get()) + to);
     }
   };
   engine_.pool.in_memory_of_waiters(*this, worker, [&] {

@@ -15,7 +15,8 @@ class LayerJob : public Job {
  public:
   // Copies the routing and, if they are few, the inputs; see Layer::submit. `x` must stay until
   // wait_for_inputs returns.
-  LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs, std::shared_ptr<void> out);
+  LayerJob(Layer& layer, Engine& engine, const CallInputs& inputs, const Slots& slots,
+           CallOutput output);
 
   ~LayerJob() override;
 
@@ -79,7 +80,7 @@ class LayerJob : public Job {
   const ActivationDtype dtype_;
   const int64_t tokens_;
   const void* x_;
-  const std::shared_ptr<void> out_;
+  CallOutput output_;
   std::unique_ptr<CallMemory> memory_;
   Routing& routing_;  // in memory_
   std::optional<BadId> bad_;

@@ -1,5 +1,7 @@
 #include "moe/routing.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace kt {
@@ -9,8 +11,34 @@ std::string describe(const BadId& bad, int64_t num_experts) {
                 ")");
 }
 
+void mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
+                   int64_t count, int64_t num_experts, std::vector<uint8_t>& marks) {
+  const int64_t slots = tokens * top_k;
+  marks.assign(static_cast<size_t>(slots), 0);
+  for (int64_t first = 0; first < slots; first += top_k) {
+    for (int64_t n = 0; n < std::min(count, top_k); ++n) {
+      int64_t lightest = -1;
+      for (int64_t i = first; i < first + top_k; ++i)
+        if (marks[static_cast<size_t>(i)] == 0 && (lightest < 0 || weights[i] <= weights[lightest]))
+          lightest = i;
+      marks[static_cast<size_t>(lightest)] = 1;
+    }
+  }
+  const auto known = [&](int64_t id) { return id >= 0 && id < num_experts; };
+  std::vector<uint8_t> now(static_cast<size_t>(num_experts));
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t id = ids[i];
+    if (marks[static_cast<size_t>(i)] == 0 && known(id)) now[static_cast<size_t>(id)] = 1;
+  }
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t id = ids[i];
+    if (known(id) && now[static_cast<size_t>(id)] != 0) marks[static_cast<size_t>(i)] = 0;
+  }
+}
+
 void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
-                     const uint8_t* on_gpu, int64_t num_experts, Routing& routing) {
+                     const Slots& meant, const uint8_t* on_gpu, int64_t num_experts,
+                     Routing& routing) {
   const int64_t slots = tokens * top_k;
   std::vector<int64_t>& place = routing.place;  // count, then next position
   place.assign(static_cast<size_t>(num_experts), 0);
@@ -24,6 +52,7 @@ void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens,
       if (id != -1 && !routing.bad) routing.bad = {id, i / top_k};
       continue;
     }
+    if (!meant.has(i)) continue;
     ++routing.routed[static_cast<size_t>(id)];
     if (on_gpu[id]) continue;
     ++place[static_cast<size_t>(id)];

@@ -25,6 +25,20 @@ struct BadId {
 };
 std::string describe(const BadId& bad, int64_t num_experts);
 
+// Marks the slots that a call defers with 1 and the others with 0, [tokens, top_k]: each token's
+// `count` of the smallest weights, of equal ones the later, but for experts that the call computes
+// for another token anyway. Their weights would be read twice, which is what few tokens cost.
+void mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
+                   int64_t count, int64_t num_experts, std::vector<uint8_t>& marks);
+
+// Which of a call's slots are meant: those with this mark, or all.
+struct Slots {
+  const uint8_t* marks = nullptr;
+  uint8_t mark = 0;
+
+  bool has(int64_t i) const { return marks == nullptr || marks[i] == mark; }
+};
+
 // The (token, slot) pairs that run on the CPU, sorted by expert, tokens ascending within one.
 struct Routing {
   std::vector<int32_t> experts;         // experts with at least one token, ascending
@@ -40,9 +54,11 @@ struct Routing {
 };
 
 // `ids` and `weights` are row-major [tokens, top_k], tokens * top_k in int32. A slot is skipped
-// when its id is -1 (padding) or outside [0, num_experts), or its expert is marked in `on_gpu`
-// [num_experts]. Each of ids and on_gpu is read once: they may be changed meanwhile.
+// when it is not meant, its id is -1 (padding) or outside [0, num_experts), or its expert is marked
+// in `on_gpu` [num_experts]; a bad id is told of any slot. Each of ids and on_gpu is read once:
+// they may be changed meanwhile.
 void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
-                     const uint8_t* on_gpu, int64_t num_experts, Routing& routing);
+                     const Slots& meant, const uint8_t* on_gpu, int64_t num_experts,
+                     Routing& routing);
 
 }  // namespace kt

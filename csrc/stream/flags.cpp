@@ -199,33 +199,24 @@ void Flags::poll() {
   }
 }
 
-// Deferred calls have the later sets and are rung after their layer's own: doorbells are read in
-// the opposite order, so that a layer's own call is never started after its deferred one. The next
-// layer's own may be started before a deferred one that was rung first: both are then queued, and
-// only their order is another.
 bool Flags::start_rung() {
-  std::array<uint32_t, kSets> rung{};
   bool any = false;
-  for (size_t set = kSets; set-- > 0;) {
+  for (size_t set = 0; set < kSets; ++set) {
     std::atomic<uint32_t>& doorbell = words_->doorbells[set].value;
     if (doorbell.load(std::memory_order_acquire) == 0) continue;
     // In one step with the device, which may ring again where nobody waited for the call.
-    rung[set] = doorbell.exchange(0, std::memory_order_acq_rel);
-    any = true;
-  }
-  if (!any) return false;
-  for (size_t set = 0; set < kSets; ++set) {
-    if (rung[set] == 0) continue;
+    const uint32_t number = doorbell.exchange(0, std::memory_order_acq_rel);
     Running& running = running_[set];
     if (running.call != nullptr) running.call->finish();  // its graph did not wait for it
-    running = {nullptr, rung[set]};
+    running = {nullptr, number};
     {
       const std::lock_guard lock(calls_mutex_);
-      running.call = calls_[rung[set] - 1];
+      running.call = calls_[number - 1];
     }
     if (running.call != nullptr) running.call->start();
+    any = true;
   }
-  return true;
+  return any;
 }
 
 bool Flags::finish_ended() {

@@ -27,7 +27,7 @@ namespace kt {
 class Flags {
  public:
   // Calls of a set follow each other; those of different sets may overlap.
-  static constexpr size_t kSets = 4;
+  static constexpr size_t kSets = 2;
 
   class Call {
    public:

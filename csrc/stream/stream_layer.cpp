@@ -98,7 +98,8 @@ void StreamContext::end_overdue(std::chrono::milliseconds limit) {
 
 struct StreamLayer::Call final : Flags::Call {
   Call(std::shared_ptr<StreamContext> c, std::shared_ptr<Layer> l, int idx, const CallInputs& in,
-       size_t bytes, size_t its_set, const StreamContext::Pinned& memory, bool in_graph)
+       size_t bytes, size_t its_set, const StreamContext::Pinned& memory, bool in_graph,
+       int64_t deferred, std::shared_ptr<Left> from)
       : context(std::move(c)),
         layer(std::move(l)),
         layer_idx(idx),
@@ -106,7 +107,10 @@ struct StreamLayer::Call final : Flags::Call {
         out_bytes(bytes),
         set(its_set),
         pinned(memory),
-        captured(in_graph) {}
+        captured(in_graph),
+        num_deferred(deferred),
+        before(std::move(from)),
+        left(deferred > 0 ? std::make_shared<Left>() : nullptr) {}
 
   const std::shared_ptr<StreamContext> context;
   std::shared_ptr<Layer> layer;  // null when the StreamLayer is gone; the context's mutex is its
@@ -116,7 +120,10 @@ struct StreamLayer::Call final : Flags::Call {
   const size_t set;  // of pinned memory and of words
   const StreamContext::Pinned pinned;
   const bool captured;
-  uint32_t number = 0;  // of its flags, if it has some
+  const int64_t num_deferred;
+  const std::shared_ptr<Left> before, left;  // null where nothing is
+  std::vector<uint8_t> later;                // marks of the slots that are deferred
+  uint32_t number = 0;                       // of its flags, if it has some
   // Its place in the context's list between start and finish: moved there and back, so that
   // nothing is allocated.
   std::list<StreamContext::Running> place{1};
@@ -126,6 +133,9 @@ struct StreamLayer::Call final : Flags::Call {
   // Only this call's thread moves its place, so it needs no lock.
   bool ended() const noexcept override { return !place.empty() || running->job->ended(); }
   void finish() noexcept override;
+
+  std::shared_ptr<Deferred> take_before() const;
+  void start_deferred(Layer& its_layer) noexcept;
 
   // Out of the context's list, if it is there, and what it was.
   StreamContext::Running stop_running() {
@@ -139,11 +149,8 @@ struct StreamLayer::Call final : Flags::Call {
 };
 
 StreamLayer::StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer,
-                         int layer_idx, bool deferred)
-    : context_(std::move(context)),
-      layer_(std::move(layer)),
-      layer_idx_(layer_idx),
-      deferred_(deferred) {
+                         int layer_idx)
+    : context_(std::move(context)), layer_(std::move(layer)), layer_idx_(layer_idx) {
   if (layer_idx < 0) fail_argument("layer_idx is ", layer_idx, ": expected at least 0");
   if (context_->flags()) context_->flags_->keep_off(layer_->worker_cpus());
 }
@@ -161,8 +168,16 @@ void StreamLayer::Call::start() noexcept {
       now.layer = layer;
     }
     if (!now.layer) fail_runtime("called after its deletion");
+    Slots slots;
+    if (num_deferred > 0) {
+      const LayerConfig& config = now.layer->config();
+      mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config.top_k, num_deferred,
+                    config.num_experts, later);
+      slots.marks = later.data();
+    }
     // Pinned memory stays forever and so has no owner.
-    now.job = now.layer->make_job(inputs, {std::shared_ptr<void>(), pinned.out});
+    now.job = now.layer->make_job(
+        inputs, slots, {{std::shared_ptr<void>(), pinned.out}, inputs.dtype, take_before()});
     now.since = std::chrono::steady_clock::now();
     if (const auto& bad = now.job->bad_id()) fail(describe(*bad, now.layer->config().num_experts));
     stop_running();  // where a replay was never finished
@@ -173,9 +188,35 @@ void StreamLayer::Call::start() noexcept {
       context->running_.splice(context->running_.end(), place);
     }
     LayerJob::submit(now.job, true);
+    if (num_deferred > 0) start_deferred(*now.layer);
   } catch (const std::exception& error) {
     fail(error.what());
     stop_running();  // nobody would end it
+  }
+}
+
+std::shared_ptr<Deferred> StreamLayer::Call::take_before() const {
+  if (!before) return nullptr;
+  std::shared_ptr<Deferred> deferred;
+  {
+    const std::lock_guard lock(context->mutex_);
+    deferred = std::exchange(before->deferred, nullptr);
+  }
+  if (!deferred) fail_runtime("what the layer before defers is missing");
+  return deferred;
+}
+
+// Behind the call's own job, whose end does not depend on this: the next layer's call fails where
+// it goes wrong. Inputs are copied, since they stay in pinned memory for the call's own only.
+void StreamLayer::Call::start_deferred(Layer& its_layer) noexcept {
+  try {
+    auto deferred = its_layer.make_deferred(inputs, {later.data(), 1});
+    LayerJob::submit(deferred->job, false);
+    deferred->job->wait_for_inputs();
+    const std::lock_guard lock(context->mutex_);
+    left->deferred = std::move(deferred);
+  } catch (const std::exception& error) {
+    fail(error.what());
   }
 }
 
@@ -208,11 +249,17 @@ void StreamLayer::finish(void* data) {
   if (!call->captured) delete call;
 }
 
-void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
+void StreamLayer::submit(CudaStream stream, const CallInputs& inputs, int64_t num_deferred,
+                         StreamLayer* before) {
   const size_t out_bytes = layer_->output_bytes(inputs.dtype, inputs.tokens);
   const std::string failure = context_->failure();
   if (!failure.empty()) fail_runtime("an earlier call failed: ", failure);
   if (pending_ != nullptr) fail_runtime("layer ", layer_idx_, ": submit without sync before it");
+  std::shared_ptr<Left> added;
+  if (before != nullptr) {
+    added = std::exchange(before->left_, nullptr);
+    if (!added) fail_runtime("layer ", before->layer_idx_, " has deferred nothing");
+  }
   const CudaRuntime& cuda = context_->runtime;
   int capture = kCaptureNone;
   cuda.check(cuda.is_capturing(stream, &capture), "cudaStreamIsCapturing");
@@ -222,14 +269,14 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
                                    static_cast<int64_t>(layer_->row_bytes(inputs.dtype)),
                                    top_k * inputs.ids.bytes(), top_k};
   const bool captured = capture == kCaptureActive;
-  const size_t set = context_->next_set(deferred_);
+  const size_t set = context_->next_set();
   const StreamContext::Pinned pinned =
       captured ? context_->captured(shape, set) : context_->passing(shape, set);
   const CallInputs fetched{pinned.x, inputs.dtype, inputs.tokens,
                            ExpertIds{pinned.ids, inputs.ids.is_int64},
                            reinterpret_cast<const float*>(pinned.weights)};
   auto call = std::make_unique<Call>(context_, layer_, layer_idx_, fetched, out_bytes, set, pinned,
-                                     captured);
+                                     captured, num_deferred, std::move(added));
   Flags* const flags = captured && context_->flags() ? context_->flags_.get() : nullptr;
   if (flags != nullptr) flags->begin(stream);
   const auto fetch = [&](uint8_t* to, const void* from, int64_t bytes) {
@@ -244,7 +291,8 @@ void StreamLayer::submit(CudaStream stream, const CallInputs& inputs) {
     call->number = flags->ring(stream, set, *call);
   else
     cuda.check(cuda.launch_host_func(stream, start, call.get()), "cudaLaunchHostFunc");
-  context_->take_turn(deferred_);
+  context_->take_turn();
+  left_ = call->left;
   pending_ = call.release();  // the stream has it; finish deletes what was not captured
   if (captured) captured_calls_.push_back(pending_);
 }

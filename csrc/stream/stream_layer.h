@@ -4,6 +4,9 @@
 //   submit: inputs to pinned memory | what hands them to the workers
 //   sync:   what waits for the workers | the output to the device
 //
+// What a call defers is started with it and added by the workers to the next layer's output: the
+// stream has no part in it.
+//
 // In a graph both are memory operations where the driver has them (flags.h), else, and outside of
 // graphs, host functions.
 #pragma once
@@ -28,9 +31,8 @@
 namespace kt {
 
 // What the calls of all layers share: pinned memory, and what has gone wrong. Calls follow each
-// other on one stream, so they take turns with two sets of memory, and those of deferred experts
-// with two more: such a call ends in the next layer, whose own is on the stream before that. Turns
-// go by submits and not by the layers' indices: a model may have MoE layers at every second one.
+// other on one stream, so they take turns with two sets of memory. Turns go by submits and not by
+// the layers' indices: a model may have MoE layers at every second one.
 class StreamContext {
  public:
   explicit StreamContext(const CudaRuntime& loaded) : runtime(loaded) {}
@@ -87,9 +89,9 @@ class StreamContext {
     std::chrono::steady_clock::time_point since;
   };
 
-  // The set of the next call of its kind, which takes the turn if its submit succeeds.
-  size_t next_set(bool deferred) const { return turns_[deferred] % 2 + (deferred ? 2 : 0); }
-  void take_turn(bool deferred) { ++turns_[deferred]; }
+  // Of the next call, which takes the turn if its submit succeeds.
+  size_t next_set() const { return turn_ % kSets; }
+  void take_turn() { ++turn_; }
 
   uint8_t* allocate(size_t bytes);
   Pinned carve(const Shape& shape);
@@ -100,7 +102,7 @@ class StreamContext {
   std::array<Pinned, kSets> passing_;
   std::string failure_;
   std::list<Running> running_;
-  std::array<std::atomic<size_t>, 2> turns_{};
+  std::atomic<size_t> turn_{0};
   std::atomic<bool> flags_proven_{false}, flags_used_{false};
   std::unique_ptr<Flags, Flags::EndInOwnProcess> flags_;  // last: its thread ends first
 };
@@ -108,22 +110,27 @@ class StreamContext {
 // The calls of one layer.
 class StreamLayer {
  public:
-  // `deferred`: its calls are of a layer's deferred experts, and end during the next layer's call.
-  StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx,
-              bool deferred);
+  StreamLayer(std::shared_ptr<StreamContext> context, std::shared_ptr<Layer> layer, int layer_idx);
   // A graph that captured its calls may be replayed even then: they fail.
   ~StreamLayer();
   StreamLayer(const StreamLayer&) = delete;
   StreamLayer& operator=(const StreamLayer&) = delete;
 
-  // Puts the start of a call on the stream, whose inputs are in device memory. Throws
-  // std::runtime_error for what CUDA refuses, and for a call that failed earlier.
-  void submit(CudaStream stream, const CallInputs& inputs);
+  // Puts the start of a call on the stream, whose inputs are in device memory; `num_deferred` of
+  // each token's experts are left to the call after it, and what the last call of `before` leaves,
+  // if there is one, is added to this one's output. Throws std::runtime_error for what CUDA
+  // refuses, for a call that failed earlier, and where `before` leaves nothing.
+  void submit(CudaStream stream, const CallInputs& inputs, int64_t num_deferred,
+              StreamLayer* before);
   // Puts the rest of it there; `out` is in device memory.
   void sync(CudaStream stream, void* out);
 
  private:
   struct Call;
+  // From a call to the one after it, whenever they run; the context's mutex is its.
+  struct Left {
+    std::shared_ptr<Deferred> deferred;
+  };
   static void start(void* call);
   static void finish(void* call);
   void wait_for(CudaStream stream, Call* call);
@@ -131,8 +138,8 @@ class StreamLayer {
   const std::shared_ptr<StreamContext> context_;
   const std::shared_ptr<Layer> layer_;
   const int layer_idx_;
-  const bool deferred_;
   Call* pending_ = nullptr;
+  std::shared_ptr<Left> left_;         // by the last call, until the next layer's has it
   std::vector<Call*> captured_calls_;  // graphs refer to them, so they stay forever
 };
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from kt_kernel import _ext
-from kt_kernel.calls import Batch, Started
+from kt_kernel.calls import Batch, Queued
 from kt_kernel.gpu_prefill.card import CardExperts, Running, count_ids, route
 from kt_kernel.gpu_prefill.packed_layer import PackedLayer
 from kt_kernel.layer_weights import LayerWeights
@@ -32,7 +32,7 @@ class Divided(NamedTuple):
 
     card: CardExperts
     running: Running
-    cpu: Started
+    cpu: Queued
     engine: _ext.Engine
     before_ns: int
     tokens: NDArray[np.int64]
@@ -103,7 +103,7 @@ class LayerOnCard:
         )
 
     def divide(
-        self, batch: Batch, here: Batch, on_cpu: Callable[[Batch], Started]
+        self, batch: Batch, here: Batch, on_cpu: Callable[[Batch], Queued]
     ) -> Divided | None:
         """Start a call on both; None where the CPUs alone are to compute it.
 

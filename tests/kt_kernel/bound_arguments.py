@@ -72,8 +72,10 @@ SIZES: list[Any] = [-64, 0, 63, 100, 131072 + 64, HUGE - 63, 2**64, 64.5, None]
 TEXTS: list[Any] = ["", "int3", None, 4, b"\xff"]
 
 
-def submitted(x: Any, ids: Any, weights: Any, out: Any) -> Any:
-    return layer.submit(x, ids, weights, out)
+def submitted(
+    x: Any, ids: Any, weights: Any, out: Any, deferred: Any = 0, before: Any = None
+) -> Any:
+    return layer.submit(x, ids, weights, out, deferred, before)
 
 
 def call_inputs() -> dict[str, Any]:
@@ -81,6 +83,13 @@ def call_inputs() -> dict[str, Any]:
     ids = np.zeros((TOKENS, K), np.int32)
     weights = np.ones((TOKENS, K), np.float32)
     return {"x": x, "ids": ids, "weights": weights, "out": engine.take_buffer(x.nbytes)}
+
+
+def left_of(tokens: int) -> Any:
+    """What a call of so many tokens leaves."""
+    x = np.ones((tokens, H), np.float32)
+    ids, weights = np.zeros((tokens, K), np.int32), np.ones((tokens, K), np.float32)
+    return layer.submit(x, ids, weights, engine.take_like(x), 1)[1]
 
 
 def bad_ids() -> list[Any]:
@@ -152,6 +161,7 @@ def cases(stream_library: str) -> dict[str, Calls]:
         ),
         "Job": [lambda: _ext.Job()],
         "Job.wait": [lambda: _ext.Job.wait(None)],
+        "Deferred": [lambda: _ext.Deferred()],
         "Engine": with_each(
             _ext.Engine,
             {"cpus": [[CPU]], "slices": 1, "target": "scalar"},
@@ -243,6 +253,8 @@ def cases(stream_library: str) -> dict[str, Calls]:
                         engine.take_buffer(good["x"].nbytes + 1),
                         engine.take_buffer(2 * good["x"].nbytes)[good["x"].nbytes :],
                     ],
+                    "deferred": [-1, -HUGE, 2**64, 0.5, None],
+                    "before": [layer, 0, left_of(TOKENS + 1)],
                 },
             ),
             lambda: empty.submit(**good),
@@ -303,6 +315,8 @@ def cases(stream_library: str) -> dict[str, Calls]:
                 "tokens": [-1, HUGE, 2**31, 2**64, 0.5, None],
                 "ids": [0, -1, None],
                 "weights": [0, -1, None],
+                "deferred": [-1, 2**64, 0.5, None],
+                "before": [layer, 0, on_stream],
             },
         ),
         "StreamLayer.sync": [
@@ -362,12 +376,12 @@ def main() -> None:
     print("never called:", *sorted(bound_names() - set(called)))
     # What was refused has left everything as it was.
     out = engine.take_buffer(TOKENS * H * 4)
-    layer.submit(**{**call_inputs(), "out": out}).wait()
+    layer.submit(**{**call_inputs(), "out": out})[0].wait()
     assert np.isfinite(out.view(np.float32)).all()
     x = np.ones((4000, H), np.float32)
     memory = engine.take_buffer(x.nbytes)
     weights = np.ones((4000, K), np.float32)
-    job = layer.submit(x, np.zeros((4000, K), np.int64), weights, memory)
+    job, _ = layer.submit(x, np.zeros((4000, K), np.int64), weights, memory)
     threading.Thread(target=job.wait, daemon=True).start()
     print("done")
 

@@ -62,13 +62,12 @@ def batch(tokens: int, seed: int, dtype: torch.dtype = torch.float32) -> Batch:
 
 
 def split(ids: torch.Tensor, weights: torch.Tensor, deferred: int) -> tuple[torch.Tensor, ...]:
-    """The ids of now and of later, token by token from the definition."""
-    now, later = ids.clone(), ids.clone()
-    for token, row in enumerate(weights.tolist()):
-        order = sorted(range(len(row)), key=lambda slot: row[slot], reverse=True)
-        now[token, order[len(row) - deferred :]] = -1
-        later[token, order[: len(row) - deferred]] = -1
-    return now, later
+    """The ids of now and of later, from the definition."""
+    heaviest = weights.sort(descending=True, stable=True).indices[:, : SHAPE.top_k - deferred]
+    needed = set(ids.gather(1, heaviest).flatten().tolist()) - {-1}
+    is_now = torch.zeros_like(ids, dtype=torch.bool).scatter_(1, heaviest, True)
+    is_now |= torch.tensor([[int(i) in needed for i in row] for row in ids])
+    return ids.where(is_now, -1), ids.where(~is_now, -1)
 
 
 def run(wrapper: KTMoEWrapper, x: torch.Tensor, ids: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -113,15 +112,16 @@ def test_the_rest_arrives_one_layer_later(layers: list[RandomLayer], deferred: i
 def test_the_parts_are_the_bits_of_whole_calls(
     layers: list[RandomLayer], dtype: torch.dtype
 ) -> None:
+    """Which are added before they are rounded."""
     deferring, plain = wrappers(layers, 3), wrappers(layers, None)
     for tokens in (5, 40):
-        late = torch.zeros(tokens, SHAPE.hidden_size, dtype=dtype)
+        late = torch.zeros(tokens, SHAPE.hidden_size)
         wanted = []
         for i, wrapper in enumerate(plain):
             x, ids, weights = batch(tokens, i, dtype)
             now, later = split(ids, weights, 3 if i < COUNT - 1 else 0)
-            wanted.append(run(wrapper, x, now, weights) + late)
-            late = run(wrapper, x, later, weights)
+            wanted.append((run(wrapper, x.float(), now, weights) + late).to(dtype))
+            late = run(wrapper, x.float(), later, weights)
         for i, wrapper in enumerate(deferring):
             assert torch.equal(run(wrapper, *batch(tokens, i, dtype)), wanted[i])
 
@@ -131,6 +131,17 @@ def test_no_more_than_all_are_deferred(layers: list[RandomLayer]) -> None:
     want = [run(wrapper, *batch(3, i)) for i, wrapper in enumerate(wrappers(layers, SHAPE.top_k))]
     for i, wrapper in enumerate(wrappers(layers, SHAPE.top_k + 1)):
         assert torch.equal(run(wrapper, *batch(3, i)), want[i])
+
+
+def test_of_equal_weights_the_later_are_deferred(layers: list[RandomLayer]) -> None:
+    first, plain = wrappers(layers, 3)[0], wrappers(layers, None)[0]
+    x, ids, _ = random_batch(SHAPE, 1)
+    for weights, later in (([1.0] * 8, [5, 6, 7]), ([2, 1, 2, 1, 2, 1, 1, 2], [3, 5, 6])):
+        given = torch.tensor([weights], dtype=torch.float32)
+        now = ids.clone()
+        now[:, later] = -1
+        assert torch.equal(run(first, x, ids, given), run(plain, x, now, given))
+    LEFT.swap(None)
 
 
 def test_none_is_exact(layers: list[RandomLayer]) -> None:
@@ -206,6 +217,8 @@ def test_a_job_that_nobody_waits_for_keeps_its_memory(
     monkeypatch.setenv("KT_TARGET", "scalar")  # slow
     first, second = wrappers(layers, 6)[:2]
     x, ids, weights = batch(900, 1)
+    ids[:] = torch.arange(2, 10)  # all tokens defer the same six
+    weights[:] = torch.arange(8, 0, -1)
     first.forward(x, ids, weights)
     before = first._weights.engine.totals["calls"]
     if end == "refused":

@@ -112,7 +112,10 @@ def bits_of(layer: RandomLayer) -> list[np.ndarray]:
 
 
 def test_totals_count_each_call_once(tmp_path: Path) -> None:
-    """Few tokens and many take different ways through a call; both count, and are written."""
+    """Few tokens and many take different ways through a call; both count, and are written.
+
+    The time of calls that wait for their turn is not counted twice.
+    """
     e, k, h, i = LAYERS[0]
     shared = _ext.Engine([[CPUS[0]]], 1, "scalar")
     layer = _ext.Layer(shared, e, k, h, i, "int4")
@@ -121,14 +124,17 @@ def test_totals_count_each_call_once(tmp_path: Path) -> None:
     assert set(shared.totals.values()) == {0}
     experts = 0
     started = time.monotonic_ns()
-    for tokens in (3, 20):
+    jobs = []
+    for tokens in (3, 20, 300, 300):
         x, ids, weights = random_batch(LAYERS[0], tokens)
         out = shared.take_buffer(x.nbytes)
-        layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out).wait()
+        jobs.append(layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out)[0])
         experts += len(ids.unique())
+    for job in jobs:
+        job.wait()
     elapsed = time.monotonic_ns() - started
     totals = shared.totals
-    assert (totals["calls"], totals["tokens"], totals["experts"]) == (2, 23, experts)
+    assert (totals["calls"], totals["tokens"], totals["experts"]) == (4, 623, experts)
     assert totals["prepare_ns"] > 0
     assert 0 < totals["workers_ns"] < elapsed
     engine.publish_totals(shared, tmp_path / "totals.json")
@@ -173,19 +179,27 @@ def test_an_error_in_a_worker_reaches_python(tmp_path: Path, slices: int) -> Non
     want = random.wrapper("int4", threadpool_count=slices).forward(x, ids, weights, 0)
     layer.load_matrices(bits_of(random), "bf16", everything)
     found = made.take_buffer(x.nbytes)
-    layer.submit(x.numpy(), ids.numpy(), weights.numpy(), found).wait()
+    layer.submit(x.numpy(), ids.numpy(), weights.numpy(), found)[0].wait()
     assert torch.equal(torch.from_numpy(found).view(torch.float32).view(x.shape), want)
 
 
 def test_a_job_outlives_its_layer_and_engine() -> None:
-    """Whoever goes first: the output is whole, and its memory is nobody else's."""
+    """Whoever goes first: the output is whole, what is deferred too, and its memory its own."""
     e, k, h, i = LAYERS[0]
     made = _ext.Engine([[CPUS[0]]], 1, "scalar")
     layer, random = _ext.Layer(made, e, k, h, i, "int8"), RandomLayer(LAYERS[0])
     layer.load_matrices(bits_of(random), "bf16", list(range(e)))
     x, ids, weights = random_batch(LAYERS[0], 300)
+    weights[:] = 1  # of equal ones the last is deferred, here of all tokens the same
+    ids[:] = torch.tensor([2, 3])
     out = made.take_like(x.numpy())
-    job = layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out)
+    job, left = layer.submit(x.numpy(), ids.numpy(), weights.numpy(), out, 1)
     del layer, made
+    now, later, none = ids.clone(), ids.clone(), torch.full_like(ids, -1)
+    now[:, -1] = later[:, :-1] = -1
+    other = random.wrapper("int8")
+    late = other._weights.engine.take_like(x.numpy())
+    other._weights.layer.submit(x.numpy(), none.numpy(), weights.numpy(), late, 0, left)[0].wait()
     job.wait()
-    assert torch.equal(torch.from_numpy(out), random.wrapper("int8").forward(x, ids, weights))
+    assert torch.equal(torch.from_numpy(out), other.forward(x, now, weights))
+    assert torch.equal(torch.from_numpy(late), other.forward(x, later, weights))

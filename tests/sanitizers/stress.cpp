@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "moe/layer.h"
+#include "moe/layer_job.h"
 #include "stream/staging.h"
 #include "stream/stream_layer.h"
 #include "targets/dispatch.h"
@@ -61,11 +61,18 @@ struct Inputs {
   std::vector<int32_t> ids;
 };
 
-std::vector<float> call(kt::Layer& layer, const Inputs& in) {
+// A pass whose first call leaves one expert of each token to the second; both are with the workers
+// at once, or one after the other. The second's output.
+std::vector<float> pass(kt::Layer& first, kt::Layer& second, const Inputs& in, bool at_once) {
   const auto out = std::make_shared<std::vector<float>>(in.x.size());
+  const auto before = std::make_shared<std::vector<float>>(in.x.size());
   const kt::CallInputs inputs{in.x.data(), kt::ActivationDtype::kFp32, in.tokens,
                               kt::ExpertIds{in.ids.data()}, in.weights.data()};
-  kt::WorkerPool::wait(*layer.submit(inputs, {out, out->data()}));
+  const kt::CallOutput to_before{{before, before->data()}, kt::ActivationDtype::kFp32, nullptr};
+  const kt::Layer::Submitted left = first.submit(inputs, to_before, 1);
+  if (!at_once) kt::WorkerPool::wait(*left.deferred->job);
+  const kt::CallOutput output{{out, out->data()}, kt::ActivationDtype::kFp32, left.deferred};
+  kt::WorkerPool::wait(*second.submit(inputs, output, 0).job);
   return *out;
 }
 
@@ -90,9 +97,15 @@ struct OnDevice {
         weights(to_device(in.weights)),
         ids(to_device(in.ids)),
         out(to_device(in.x)) {}
-  void submit(kt::StreamLayer& layer, void* stream) const {
-    layer.submit(stream, {x, kt::ActivationDtype::kFp32, tokens, kt::ExpertIds{ids}, weights});
+  void submit(kt::StreamLayer& layer, void* stream, int64_t deferred = 0,
+              kt::StreamLayer* before = nullptr) const {
+    layer.submit(stream, {x, kt::ActivationDtype::kFp32, tokens, kt::ExpertIds{ids}, weights},
+                 deferred, before);
     layer.sync(stream, out);
+  }
+  void pass(kt::StreamLayer& first, kt::StreamLayer& second, void* stream) const {
+    submit(first, stream, 1);
+    submit(second, stream, 0, &first);
   }
   bool holds(const std::vector<float>& want) const {
     return std::memcmp(out, want.data(), want.size() * sizeof(float)) == 0;
@@ -148,9 +161,8 @@ void stage(const std::string& library, int calls) {
   fake_destroy(stream);
 }
 
-void run(const std::string& library, int calls) {
-  const auto engine = std::make_shared<kt::Engine>(std::vector<std::vector<int>>{first_cpus(2)}, 2,
-                                                   kt::find_target("scalar"));
+void run(const std::string& library, const std::vector<std::vector<int>>& cpus, int calls) {
+  const auto engine = std::make_shared<kt::Engine>(cpus, 2, kt::find_target("scalar"));
   std::vector<std::shared_ptr<kt::Layer>> layers;
   const std::vector<float> weights =
       random_floats(static_cast<size_t>(kExperts * kHidden * kIntermediate), 7);
@@ -165,7 +177,7 @@ void run(const std::string& library, int calls) {
   std::vector<std::vector<float>> want;
   for (int64_t tokens : {1, 3, 8, 20}) {
     inputs.emplace_back(tokens);
-    want.push_back(call(*layers[0], inputs.back()));
+    want.push_back(pass(*layers[0], *layers[1], inputs.back(), false));
   }
 
   std::vector<std::thread> threads;
@@ -173,14 +185,15 @@ void run(const std::string& library, int calls) {
     threads.emplace_back([&, i] {
       for (int n = 0; n < calls / 50; ++n) {
         const size_t which = (i + static_cast<size_t>(n)) % inputs.size();
-        expect(call(*layers[i % 2], inputs[which]) == want[which], "calls from several threads");
+        expect(pass(*layers[i % 2], *layers[(i + 1) % 2], inputs[which], true) == want[which],
+               "passes of several threads");
       }
     });
   for (std::thread& thread : threads) thread.join();
 
   const auto context = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
   context->use_flags(library, std::chrono::minutes(1), std::chrono::milliseconds(10));
-  kt::StreamLayer first(context, layers[0], 0, false), second(context, layers[1], 1, false);
+  kt::StreamLayer first(context, layers[0], 0), second(context, layers[1], 1);
   void* const stream = fake_stream();
   std::vector<OnDevice> batches(inputs.begin(), inputs.end());
   std::atomic<bool> stop{false};
@@ -189,8 +202,7 @@ void run(const std::string& library, int calls) {
   });
   for (int n = 0; n < calls / 2; ++n) {
     const OnDevice& batch = batches[static_cast<size_t>(n) % batches.size()];
-    batch.submit(first, stream);
-    batch.submit(second, stream);
+    batch.pass(first, second, stream);
     if (n % 64 == 0) fake_synchronize(stream);
   }
   fake_synchronize(stream);
@@ -200,8 +212,7 @@ void run(const std::string& library, int calls) {
     context->set_flags(flags);
     fake_begin_capture(stream);
     for (int n = 0; n < times; ++n) {
-      batch.submit(first, stream);
-      batch.submit(second, stream);
+      batch.pass(first, second, stream);
     }
     return fake_end_capture(stream);
   };
@@ -237,7 +248,7 @@ void run(const std::string& library, int calls) {
   fake_synchronize(stream);
   engine->pool.drain();
   const auto other = std::make_shared<kt::StreamContext>(kt::find_cuda_runtime(library));
-  kt::StreamLayer third(other, layers[0], 0, false);
+  kt::StreamLayer third(other, layers[0], 0);
   batches[0].ids[0] = 99;
   batches[0].submit(third, stream);
   fake_synchronize(stream);
@@ -254,7 +265,10 @@ int main(int argc, char** argv) {
   const auto [end, code] = std::from_chars(number.begin(), number.end(), calls);
   if (code != std::errc() || end != number.end() || calls < 1) return 2;
   try {
-    run(argv[1], calls);
+    // One group of workers, and two that do not wait for each other between phases.
+    const std::vector<int> cpus = first_cpus(2);
+    run(argv[1], {cpus}, calls / 2);
+    run(argv[1], {{cpus.front()}, {cpus.back()}}, calls / 2);
     stage(argv[1], calls);
   } catch (const std::exception& error) {
     std::printf("failed: %s\n", error.what());

@@ -103,17 +103,16 @@ def test_while_a_graph_is_captured(stream: Stream) -> None:
 
 
 def test_a_call_that_its_graph_does_not_wait_for(stream: Stream) -> None:
-    """A pass that was broken off leaves deferred experts: the next call of the set gets its own."""
+    """Of a pass that was broken off: the next call of the set gets its own."""
     context = flagged()
     left, layers = Layer(context, 0), [Layer(context, 2), Layer(context, 4)]
     large, batches = Batch.of(300), [Batch.of(3), Batch.of(5)]
     stream.begin_capture()
-    left.submit(stream, large, deferred=True)
+    left.submit(stream, large)
     broken_off = stream.end_capture()
     stream.begin_capture()
     for layer, batch in zip(layers, batches, strict=True):
-        layer.submit(stream, batch, deferred=True)
-        layer.deferred.sync(stream.handle, batch.out.address)
+        layer.run(stream, batch)
     graph = stream.end_capture()
     fake_cuda.library().fake_set_delay(100)
     for seed in range(20):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import time
 from dataclasses import dataclass
 
@@ -31,9 +30,10 @@ def context(request: pytest.FixtureRequest) -> _ext.StreamContext:
     return made
 
 
-def inputs(
-    tokens: int, dtype: torch.dtype, seed: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs(tokens: int, dtype: torch.dtype, seed: int | None) -> Inputs:
     """Random inputs, the same for the same arguments."""
     return random_batch(SHAPE, tokens, tokens if seed is None else seed, dtype)
 
@@ -65,10 +65,11 @@ class Layer:
         )
         layer = self.wrapper._weights.layer
         self.on_stream = _ext.StreamLayer(context, layer, layer_idx)
-        self.deferred = _ext.StreamLayer(context, layer, layer_idx, deferred=True)
 
-    def submit(self, stream: Stream, batch: Batch, deferred: bool = False) -> None:
-        (self.deferred if deferred else self.on_stream).submit(
+    def submit(
+        self, stream: Stream, batch: Batch, deferred: int = 0, before: Layer | None = None
+    ) -> None:
+        self.on_stream.submit(
             stream.handle,
             batch.x.address,
             "fp32" if batch.x.dtype == np.float32 else "bf16",
@@ -76,6 +77,8 @@ class Layer:
             batch.ids.address,
             batch.ids.dtype == np.int64,
             batch.weights.address,
+            deferred,
+            before.on_stream if before else None,
         )
 
     def sync(self, stream: Stream, out: Array) -> None:
@@ -162,38 +165,99 @@ def test_a_graph_of_sixty_layers_replays(context: _ext.StreamContext, stream: St
     assert fake_cuda.library().fake_pinned_blocks() == pinned
 
 
-def test_deferred_calls_end_in_the_next_layer(context: _ext.StreamContext, stream: Stream) -> None:
-    """Each layer's second call, of other inputs, is fetched after the next layer's first."""
-    tokens, dtype = 4, torch.float32  # of all calls, which so have the same memory in turn
-    layers = [Layer(context, layer_idx) for layer_idx in range(5)]
-    calls = [[Batch.of(tokens, dtype, 2 * i + j) for j in (0, 1)] for i in range(5)]
+def deferring(wrappers: list[KTMoEWrapper], batches: list[Inputs], count: int) -> list[np.ndarray]:
+    """A pass through layers of which all but the last defer, by the workers alone."""
+    outs, before = [], None
+    for i, (wrapper, (x, ids, weights)) in enumerate(zip(wrappers, batches, strict=True)):
+        held = wrapper._weights
+        out = held.engine.take_like(x.numpy())
+        deferred = count if i < len(wrappers) - 1 else 0
+        job, before = held.layer.submit(
+            x.numpy(), ids.numpy(), weights.numpy(), out, deferred, before
+        )
+        job.wait()
+        outs.append(out)
+    return outs
 
-    def all_layers() -> None:
-        left: list[tuple[Layer, Batch]] = []
-        for layer, (now, later) in zip(layers, calls, strict=True):
-            layer.submit(stream, now)
-            layer.submit(stream, later, deferred=True)
-            layer.sync(stream, now.out)
-            for before, batch in left:
-                before.deferred.sync(stream.handle, batch.out.address)
-            left = [(layer, later)]
-        layer.deferred.sync(stream.handle, later.out.address)
 
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_what_a_call_defers_is_in_the_next_layers_output(
+    context: _ext.StreamContext, stream: Stream, tokens: int
+) -> None:
+    """Directly and in graphs of both numbers of deferred experts that are replayed in turn."""
+    layers = [Layer(context, layer_idx) for layer_idx in (3, 4, 6, 8)]
+    batches = [Batch.of(tokens) for _ in layers]
+
+    def all_layers(count: int) -> None:
+        for i, (layer, batch) in enumerate(zip(layers, batches, strict=True)):
+            last = layer is layers[-1]
+            layer.submit(stream, batch, 0 if last else count, layers[i - 1] if i else None)
+            stream.fill(batch.ids, 0xFF)
+            layer.sync(stream, batch.out)
+
+    graphs = {}
+    for count in (1, 2):
+        stream.begin_capture()
+        all_layers(count)
+        graphs[count] = stream.end_capture()
     fake_cuda.library().fake_set_delay(100)
-    all_layers()
+    for seed, count in enumerate((1, 2, 1, 1, 2)):
+        for graph in (None, graphs[count]):
+            new = [inputs(tokens, torch.float32, 10 * seed + i) for i in range(len(layers))]
+            for batch, values in zip(batches, new, strict=True):
+                for array, value in zip((batch.x, batch.ids, batch.weights), values, strict=True):
+                    stream.copy(array, value.numpy())
+            if graph is None:
+                all_layers(count)
+            else:
+                stream.launch(graph)
+            stream.synchronize()
+            want = deferring([layer.wrapper for layer in layers], new, count)
+            for batch, wanted in zip(batches, want, strict=True):
+                assert np.array_equal(batch.out.numpy(), wanted)
+    assert context.failure == ""
+
+
+def test_what_is_left_is_taken_once(context: _ext.StreamContext, stream: Stream) -> None:
+    """And is of as many tokens as the call that takes it."""
+    first, second, batch = Layer(context, 3), Layer(context, 4), Batch.of(2)
+    with pytest.raises(RuntimeError, match="layer 3 has deferred nothing"):
+        second.submit(stream, batch, before=first)
+    first.submit(stream, batch, 1)
+    first.sync(stream, batch.out)
+    second.submit(stream, batch, before=first)
+    second.sync(stream, batch.out)
+    with pytest.raises(RuntimeError, match="layer 3 has deferred nothing"):
+        second.submit(stream, batch, before=first)
+    first.submit(stream, batch, 1)
+    first.sync(stream, batch.out)
+    other = Batch.of(3)
+    second.submit(stream, other, before=first)
+    second.sync(stream, other.out)
+    stream.synchronize()
+    assert np.isnan(other.out.numpy()).all()
+    assert context.failure == (
+        "layer 4: what the layer before has deferred is [2, 256], expected [3, 256]"
+    )
+
+
+def test_deferred_experts_of_a_layer_that_is_gone(
+    context: _ext.StreamContext, stream: Stream
+) -> None:
+    """Without them the next layer's output would be wrong, and look well."""
+    first, second, batches = Layer(context, 3), Layer(context, 4), [Batch.of(2), Batch.of(2)]
     stream.begin_capture()
-    all_layers()
+    first.submit(stream, batches[0], 1)
+    first.sync(stream, batches[0].out)
+    second.submit(stream, batches[1], before=first)
+    second.sync(stream, batches[1].out)
     graph = stream.end_capture()
-    for replayed in (False, True):
-        if replayed:
-            stream.launch(graph)
-        stream.synchronize()
-        for i, layer in enumerate(layers):
-            for j, batch in enumerate(calls[i]):
-                want = layer.expected(tokens, dtype, 2 * i + j)
-                assert torch.equal(result(batch.out), want), (i, j)
-                stream.fill(batch.out, 0)
-        stream.synchronize()
+    del first
+    gc.collect()
+    stream.launch(graph)
+    stream.synchronize()
+    assert all(np.isnan(batch.out.numpy()).all() for batch in batches)
+    assert context.failure == "layer 3: called after its deletion"
 
 
 def test_replays_are_counted(context: _ext.StreamContext, stream: Stream) -> None:
@@ -335,7 +399,7 @@ def test_a_call_that_waits_for_its_turn_is_ended(
     jobs = []
     for waiting in [1000] if tokens == 1500 else [1000] + 63 * [1]:
         x, ids, weights = (t.numpy() for t in inputs(waiting, torch.float32, None))
-        jobs.append(kernels.submit(x, ids, weights, engine.take_buffer(x.nbytes)))
+        jobs.append(kernels.submit(x, ids, weights, engine.take_buffer(x.nbytes))[0])
     layer.run(stream, batch)
     while context.failure == "":
         context.end_overdue(0.001)
@@ -364,26 +428,22 @@ def test_many_calls(context: _ext.StreamContext, stream: Stream) -> None:
             assert torch.equal(result(out), value)
 
 
-def test_deferred_calls_of_layers_at_every_second_index(context: _ext.StreamContext) -> None:
-    """As deferring does: a call is on the stream before the wait for the layer before it.
-
-    With sets by the parity of indices the second call takes the words of the first, whose wait
-    never ends, or its memory.
-    """
-    tokens, stream = 64, Stream()
-    layers = [Layer(context, layer_idx) for layer_idx in (2, 4, 6)]
-    batches = [Batch.of(tokens, seed=seed) for seed in range(3)]
-    stream.begin_capture()
-    for i, (layer, batch) in enumerate(zip(layers, batches, strict=True)):
-        layer.submit(stream, batch, deferred=True)
-        if i:
-            layers[i - 1].deferred.sync(stream.handle, batches[i - 1].out.address)
-    layers[-1].deferred.sync(stream.handle, batches[-1].out.address)
-    stream.launch(stream.end_capture())
-    waiting = threading.Thread(target=stream.synchronize, daemon=True)
-    waiting.start()
-    waiting.join(30)
-    assert not waiting.is_alive()  # the stream is left behind: its end would be waited for
-    for seed, (layer, batch) in enumerate(zip(layers, batches, strict=True)):
-        assert torch.equal(result(batch.out), layer.expected(tokens, seed=seed)), seed
-    stream.close()
+def test_deferred_experts_that_never_end(
+    context: _ext.StreamContext, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next layer's call waits for them behind its own layer's: it is ended, and says so."""
+    with monkeypatch.context() as plain:
+        plain.setenv("KT_TARGET", "scalar")
+        slow, after = Layer(context, 5, "int4"), Layer(context, 6, "int4")
+    large, batch = Batch.of(1000), Batch.of(1000)
+    slow.submit(stream, large, SHAPE.top_k)
+    slow.sync(stream, large.out)
+    stream.synchronize()  # all are deferred: its own call has nothing to compute
+    assert not large.out.numpy().any()
+    after.submit(stream, batch, before=slow)
+    after.sync(stream, batch.out)
+    while context.failure == "":
+        context.end_overdue(0.001)
+    stream.synchronize()
+    assert context.failure == "layer 6: not finished after 0.001 s"
+    assert np.isnan(batch.out.numpy()).all()
