@@ -126,7 +126,7 @@ void bind_layer(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def("wait", [](Job& job) { WorkerPool::wait(job); }, py::call_guard<WithoutGil>());
 
-  py::class_<Deferred, std::shared_ptr<Deferred>>(module, "Deferred");
+  static_cast<void>(py::class_<Deferred, std::shared_ptr<Deferred>>(module, "Deferred"));
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init([](std::vector<std::vector<int>> cpus, int slices, const std::string& target) {

@@ -23,7 +23,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "moe/layer.h"
+#include "moe/layer_job.h"
 #include "targets/dispatch.h"
 
 namespace {
@@ -59,7 +59,8 @@ uint64_t output_hash(kt::Layer& layer, int64_t tokens) {
   const auto out = std::make_shared<std::vector<float>>(x.size());
   const kt::CallInputs inputs{x.data(), kt::ActivationDtype::kFp32, tokens,
                               kt::ExpertIds{ids.data()}, weights.data()};
-  kt::WorkerPool::wait(*layer.submit(inputs, {out, out->data()}));
+  const kt::CallOutput output{{out, out->data()}, kt::ActivationDtype::kFp32, nullptr};
+  kt::WorkerPool::wait(*layer.submit(inputs, output, 0).job);
   uint64_t hash = 0xcbf29ce484222325;
   const auto* bytes = reinterpret_cast<const uint8_t*>(out->data());
   for (size_t i = 0; i < out->size() * sizeof(float); ++i) hash = (hash ^ bytes[i]) * 0x100000001b3;
