@@ -24,7 +24,10 @@ class Role(IntEnum):
     ADMIN = 2
 
 
-_ANYONE = "GET /, HEAD /, GET /health, GET /ready, GET /ping"
+# Some load balancers ask by HEAD.
+_ANYONE = """
+GET /, HEAD /, GET /health, HEAD /health, GET /ready, HEAD /ready, GET /ping, HEAD /ping
+"""
 
 _USER = """
 POST /generate, PUT /generate, POST /encode, PUT /encode, POST /classify, PUT /classify
