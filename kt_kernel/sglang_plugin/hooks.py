@@ -106,7 +106,15 @@ HOOKS: list[Hook] = [
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase.create_error_response",
         "around",
         mistakes.tell_mistake,
-        "500 for messages that the chat template or its encoder refuses",
+        "500 for messages that the chat template or its encoder refuses; answers of many lines",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
+        ".create_error_response",
+        "around",
+        mistakes.tell_mistake,
+        "the same for /v1/responses",
         "always",
     ),
     Hook(

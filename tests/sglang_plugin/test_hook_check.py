@@ -104,6 +104,7 @@ def test_with_a_gpu_nothing_of_cpu_mode_is_active() -> None:
         "set_global_state",
         "__dict__[requests]",
         "create_error_response",
+        "create_error_response",
         "_error_response",
         "normalize_batch_and_arguments",
         "normalize_batch_and_arguments",

@@ -105,7 +105,11 @@ def decide(
         expected = f"one of {ORIGINS}, or no page at all"
         return Refusal(403, Problem("the page's origin", Said(origin[:200]), expected))
     if not roles:
-        return Refusal(404, Problem("the route", Said(path[:200]), "one that this server serves"))
+        nearest = table.nearest(path, role)
+        expected = "one that this server serves" + (
+            f"; the nearest is {nearest}" if nearest else ""
+        )
+        return Refusal(404, Problem("the route", Said(path[:200]), expected))
     if needed is None:
         allowed = ", ".join(sorted(roles))
         problem = Problem("the method", Said(f"{method[:20]} {path[:200]}"), allowed)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from kt_kernel.files.foreign import is_deeper
-from kt_kernel.sglang_plugin.edge.fields import FIELDS, MAX_ANSWERS, SAMPLING
+from kt_kernel.sglang_plugin.edge.fields import CHAT_FIELDS, FIELDS, MAX_ANSWERS, SAMPLING
 from kt_kernel.sglang_plugin.edge.kinds import (
     MAX_DEPTH,
     Internal,
@@ -46,7 +46,13 @@ def problem_of_body(body: object, limits: Limits) -> Problem | None:
         return TOO_DEEP
     if not isinstance(body, dict):
         return Problem("the body", body, "a JSON object")
-    return _first(body, FIELDS, limits) or _wrong_number(body)
+    chat = "messages" in body
+    problem = _first(body, CHAT_FIELDS if chat else FIELDS, limits) or _wrong_number(body)
+    if problem is None and chat and body.get("top_logprobs") and not body.get("logprobs"):
+        # SGLang, unlike OpenAI, leaves them out without a word.
+        expected = "logprobs to be true beside it"
+        return Problem("top_logprobs", body["top_logprobs"], expected)
+    return problem
 
 
 def problem_of_object(fields: Mapping[str, object], limits: Limits) -> Problem | None:

@@ -1,9 +1,9 @@
 """Every number, list of ids and size that a client may send, with its range: one table.
 
-A name means the same on every route, so the table has one row for it. What is not here is
-text, or SGLang's own to check; ``tests/sglang_plugin/test_edge_fields.py`` fails for a number of a
-route that is neither here nor known there. Ranges are SGLang's own, OpenAI's where SGLang has none,
-and where neither has one what a server survives.
+A name means the same on every route, so the table has one row for it; one name differs in chats.
+What is not here is text, or SGLang's own to check; ``tests/sglang_plugin/test_installed_sglang.py``
+fails for a number of a route that is neither here nor known there. Ranges are SGLang's own,
+OpenAI's where SGLang has none, and where neither has one what a server survives.
 """
 
 from kt_kernel.sglang_plugin.edge.kinds import (
@@ -19,6 +19,7 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     JsonText,
     Kind,
     Number,
+    Object,
     OneOrList,
     Pattern,
     Prompt,
@@ -100,10 +101,14 @@ OPENAI: dict[str, Kind] = {
     "max_tool_calls": COUNT,
     "best_of": Integer(1, MAX_CHOICES),
     "seed": Integer(-INT64 - 1, INT64),
-    # A number of candidates for completions, a switch for chats.
+    # A number of candidates: of completions, where true is taken for 1.
     "logprobs": Either((Flag(), TOP_LOGPROBS)),
     "top_logprobs": TOP_LOGPROBS,
     "stop_sequences": STRINGS,
+    # SGLang looks into it before it has checked what it is.
+    "response_format": Object(
+        {"schema": Object({"properties": Object({})}), "json_schema": Object({})}
+    ),
     "prompt": Prompt(),
     "input": Prompt(),
     "tokens": IdsOrLists(),
@@ -230,3 +235,6 @@ ADMINISTRATION: dict[str, Kind] = {
 
 FIELDS: dict[str, Kind] = {**ADMINISTRATION, **SAMPLING, **OPENAI, **GENERATE}
 """By the names at the top of a request."""
+
+CHAT_FIELDS: dict[str, Kind] = {**FIELDS, "logprobs": Flag()}
+"""The same of a request with messages: the number is in ``top_logprobs``."""

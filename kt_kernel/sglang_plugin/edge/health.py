@@ -45,8 +45,8 @@ class Health:
         path, method = scope.get("path"), scope.get("method")
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif method == "GET" and path in _PATHS:
-            await self._answer(str(path), send)
+        elif method in ("GET", "HEAD") and path in _PATHS:
+            await self._answer(str(path), str(method), send)
         elif method == "GET" or methods_of(str(path)).get(str(method)) is not Role.USER:
             await self._app(scope, receive, send)
         else:
@@ -81,7 +81,7 @@ class Health:
             return f"stuck: no token for {silent:.0f} s with {requests} running"
         return READY
 
-    async def _answer(self, path: str, send: Send) -> None:
+    async def _answer(self, path: str, method: str, send: Send) -> None:
         report = self.report()
         lives = report["state"] not in ("ending", WARMING_UP)
         good = report["state"] == READY if path == "/ready" else lives
@@ -93,7 +93,7 @@ class Health:
         ]
         start = {"type": "http.response.start", "status": 200 if good else 503, "headers": headers}
         await send(start)
-        await send({"type": "http.response.body", "body": body})
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else body})
 
 
 def log_no_probes() -> None:

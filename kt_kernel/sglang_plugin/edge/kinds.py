@@ -309,6 +309,19 @@ class Fields:
 
 
 @dataclass(frozen=True)
+class Object:
+    """One object, with these fields and others that are not checked."""
+
+    fields: "dict[str, Kind]"
+
+    def problems(self, path: str, value: object, limits: Limits) -> Iterator[Problem]:
+        if isinstance(value, dict):
+            yield from Fields(self.fields).problems(path, value, limits)
+        else:
+            yield Problem(path, value, "an object")
+
+
+@dataclass(frozen=True)
 class Internal:
     """A field by which SGLang's processes tell one another something: not a client's to set."""
 
@@ -319,17 +332,18 @@ class Internal:
 
 @dataclass(frozen=True)
 class Either:
-    """What one of several kinds takes; the problem of the last one is told."""
+    """What one of several kinds takes."""
 
     kinds: tuple[Kind, ...]
 
     def problems(self, path: str, value: object, limits: Limits) -> Iterator[Problem]:
-        found: list[Problem] = []
+        expected: list[str] = []
         for kind in self.kinds:
-            found = list(kind.problems(path, value, limits))
-            if not found:
+            problem = next(kind.problems(path, value, limits), None)
+            if problem is None:
                 return
-        yield from found
+            expected.append(problem.expected)
+        yield Problem(path, value, " or ".join(expected))
 
 
 def as_json(value: object) -> str:

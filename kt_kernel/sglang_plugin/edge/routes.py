@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from enum import IntEnum
+
+NEAR = 0.75
+"""How alike two paths are, from 0 to 1, of which one is told for the other: a guess."""
 
 
 class Role(IntEnum):
@@ -20,7 +24,10 @@ class Role(IntEnum):
     ADMIN = 2
 
 
-_ANYONE = "GET /, HEAD /, GET /health, GET /ready, GET /ping"
+# Some load balancers ask by HEAD.
+_ANYONE = """
+GET /, HEAD /, GET /health, HEAD /health, GET /ready, HEAD /ready, GET /ping, HEAD /ping
+"""
 
 _USER = """
 POST /generate, PUT /generate, POST /encode, PUT /encode, POST /classify, PUT /classify
@@ -73,6 +80,20 @@ class Table:
             return self.routes[path]
         found = (self.routes[route] for pattern, route in self._patterns if pattern.fullmatch(path))
         return next(found, {})
+
+    def nearest(self, path: str, role: Role) -> str | None:
+        """The route that whoever asked for ``path`` may have meant, of those that it may ask."""
+        path = path.rstrip("/")[:200]
+        known = [
+            route
+            for route, roles in self.routes.items()
+            if "{" not in route and min(roles.values()) <= role
+        ]
+        # Without or with a part of the address too many; then a slip of the hand.
+        ends = [route for route in known if path and (route.endswith(path) or path.endswith(route))]
+        return max(ends, key=len, default=None) or next(
+            iter(get_close_matches(path, known, 1, NEAR)), None
+        )
 
 
 def _pattern(path: str) -> re.Pattern[str]:

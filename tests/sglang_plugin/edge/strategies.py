@@ -20,6 +20,7 @@ from kt_kernel.sglang_plugin.edge.kinds import (
     Kind,
     Limits,
     Number,
+    Object,
     OneOrList,
     Pattern,
     Prompt,
@@ -77,7 +78,7 @@ def right(kind: Kind, limits: Limits) -> Values:
         case ByToken(inner):
             tokens = st.integers(0, limits.vocabulary - 1).map(str)
             return st.dictionaries(tokens, right(inner, limits), max_size=4)
-        case Fields(fields):
+        case Fields(fields) | Object(fields):
             return st.fixed_dictionaries(
                 {}, optional={name: right(inner, limits) for name, inner in fields.items()}
             )
@@ -138,6 +139,8 @@ def wrong(kind: Kind, limits: Limits) -> Values:
             return name.flatmap(
                 lambda name: st.fixed_dictionaries({name: wrong(fields[name], limits)})
             )
+        case Object():
+            return st.sampled_from([5, "json", [], [{}]])
         case Internal():
             return st.sampled_from([1, "x", [1], True])
         case Either(kinds):

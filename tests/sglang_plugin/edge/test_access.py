@@ -171,6 +171,27 @@ def test_the_answer_says_what_to_set() -> None:
     assert told["message"] == "the method: found GET /flush_cache, expected POST"
 
 
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/chat/completions/", "/v1/chat/completions"),
+        ("/models", "/v1/models"),
+        ("/v1/completion", "/v1/completions"),
+        ("/of/tomorrow", None),
+        # One that its sender may not ask.
+        ("/flush_cach", None),
+    ],
+)
+def test_an_unknown_route_is_told_the_nearest(path: str, nearest: str | None) -> None:
+    """A base URL without /v1 is the first mistake of an OpenAI client's user."""
+    status, told, _ = ask(BOTH, f"PUT {path}", bearer("user-key"))
+    expected = "one that this server serves" + (f"; the nearest is {nearest}" if nearest else "")
+    text = f"the route: found {path}, expected {expected}"
+    assert (status, told["message"]) == (404, text)
+
+
 def test_the_root_of_an_application_behind_a_proxy_is_left_out() -> None:
     """SGLang matches its routes so (``--fastapi-root-path``)."""
     assert ask(BOTH, "POST /ai/flush_cache", bearer("user-key"), root="/ai")[0] == 403

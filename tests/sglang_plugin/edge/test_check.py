@@ -82,6 +82,20 @@ def test_no_body_is_too_strange_to_be_checked(body: Any) -> None:
             {"text": ["a", "b"], "top_logprobs_num": [1]},
             "top_logprobs_num: found a list of 1, expected 2, one for each prompt",
         ),
+        ({"messages": [], "logprobs": 5}, "logprobs: found 5, expected true or false"),
+        (
+            {"prompt": "a", "logprobs": "yes"},
+            'logprobs: found "yes", expected true or false or an integer from 0 to 1024',
+        ),
+        (
+            {"messages": [], "top_logprobs": 3, "logprobs": False},
+            "top_logprobs: found 3, expected logprobs to be true beside it",
+        ),
+        ({"response_format": "json"}, 'response_format: found "json", expected an object'),
+        (
+            {"response_format": {"type": "json_schema", "schema": "x"}},
+            'response_format.schema: found "x", expected an object',
+        ),
         ({"text": "a", "rid": ["x"]}, "rid: found a list of 1, expected one, not a list"),
         (
             {"prompt": ["a"] * 100, "n": 100},
@@ -93,6 +107,22 @@ def test_no_body_is_too_strange_to_be_checked(body: Any) -> None:
 )
 def test_the_text_says_field_value_and_range(body: dict[str, Any], text: str) -> None:
     assert str(problem_of_body(body, LIMITS)).startswith(text)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"foo": 1, "store": True, "metadata": {"a": "b"}},
+        {"model": "gpt-4"},
+        {"reasoning_effort": "ultra"},
+        {"top_logprobs": 0},
+        {"logprobs": True, "top_logprobs": 3},
+        {"response_format": {"type": "text"}, "logprobs": False},
+    ],
+    ids=str,
+)
+def test_what_clients_of_other_servers_send_passes(fields: dict[str, Any]) -> None:
+    assert problem_of_body(BODIES["/v1/chat/completions"] | fields, LIMITS) is None
 
 
 def test_depth_is_limited_for_the_body_and_for_a_schema_in_it() -> None:

@@ -16,6 +16,7 @@ from kt_kernel.load_progress import PROGRESS_VARIABLE
 from kt_kernel.sglang_plugin.edge import health
 from kt_kernel.sglang_plugin.edge.health import Health, log_no_probes
 from kt_kernel.sglang_plugin.edge.http import Message
+from kt_kernel.sglang_plugin.edge.routes import Role, methods_of
 
 UP, STARTING = SimpleNamespace(name="Up"), SimpleNamespace(name="Starting")
 
@@ -49,14 +50,19 @@ class Server:
         await asyncio.sleep(0)
         return task
 
-    async def get(self, path: str) -> tuple[int, dict[str, Any]]:
+    async def sent(self, method: str, path: str) -> list[Message]:
+        """The answer as it is sent: its start, its body."""
         sent: list[Message] = []
 
         async def send(message: Message) -> None:
             sent.append(message)
 
-        await self.health({"type": "http", "method": "GET", "path": path}, None, send)  # type: ignore[arg-type]
-        return sent[0]["status"], json.loads(sent[1]["body"])
+        await self.health({"type": "http", "method": method, "path": path}, None, send)  # type: ignore[arg-type]
+        return sent
+
+    async def get(self, path: str) -> tuple[int, dict[str, Any]]:
+        start, body = await self.sent("GET", path)
+        return start["status"], json.loads(body["body"])
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +152,20 @@ def test_other_states(fields: dict[str, Any], state: str, lives: bool) -> None:
         for path in ("/health", "/ping"):
             status, told = await server.get(path)
             assert (status, told["state"]) == (200 if lives else 503, state)
+
+    asyncio.run(life())
+
+
+def test_a_load_balancer_may_ask_by_head() -> None:
+    """It was told 405, and took the server out."""
+
+    async def life() -> None:
+        server = Server()
+        for path in ("/health", "/ready", "/ping"):
+            start, body = await server.sent("HEAD", path)
+            whole, _ = await server.sent("GET", path)
+            assert (start, body["body"]) == (whole, b"")
+            assert methods_of(path)["HEAD"] is Role.ANYONE
 
     asyncio.run(life())
 

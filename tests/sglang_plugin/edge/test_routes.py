@@ -63,8 +63,9 @@ def test_each_route_is_decided(wheel: PublishedWheel) -> None:
 def test_what_is_decided_exists() -> None:
     """Where SGLang renames a route, its line here goes."""
     found = {ours(route) for wheel in PLUGIN_WHEELS for route in routes_of(wheel.fetch())}
-    # Those are mounted by another module, or answered here for versions without them.
-    assert found ^ SERVED ^ ALL_CLOSED == {"GET /metrics"}
+    # Those are mounted by another module, or answered here.
+    ours_alone = {"GET /metrics", "HEAD /health", "HEAD /ready", "HEAD /ping"}
+    assert found ^ SERVED ^ ALL_CLOSED == ours_alone
     assert not SERVED & ALL_CLOSED
 
 
@@ -77,7 +78,7 @@ def test_what_is_decided_exists() -> None:
         ("/v1/responses/x", {"GET": Role.USER}),
         ("/flush_cache", {"POST": Role.ADMIN}),
         ("/server_info", {"GET": Role.ADMIN}),
-        ("/health", {"GET": Role.ANYONE}),
+        ("/health", {"GET": Role.ANYONE, "HEAD": Role.ANYONE}),
     ],
 )
 def test_roles(path: str, roles: dict[str, Role]) -> None:
