@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from deploy.settings.compose_names import FIRST
 from deploy.settings.row import FOREIGN, SECTIONS, SHARED, Setting
 from deploy.settings.table import TABLE
 from deploy.settings.variables import HANDED_ON
@@ -110,6 +111,10 @@ unless `KT_IGNORE_CHECKS` names the check.
 ENV_EXAMPLE = """\
 # Settings of this project, each with its default. Copy to .env and uncomment what you change.
 # {generated}
+
+# --- Containers: Compose's own (docs/operations.md#settings has all) ---
+# They are for docker compose; entrypoint.py --env-file refuses them.
+{first}
 """
 
 TUTORIAL_ENV = """\
@@ -168,7 +173,8 @@ def _enumerate(words: tuple[str, ...]) -> str:
 
 def env_example() -> str:
     """Text of .env.example."""
-    lines = [ENV_EXAMPLE.format(generated=GENERATED)]
+    first = "\n".join(f"# {text}\n#{name}={default}" for name, default, text in FIRST)
+    lines = [ENV_EXAMPLE.format(generated=GENERATED, first=first)]
     for section in SECTIONS:
         lines.append(f"# --- {section} ---")
         for s in TABLE:
