@@ -173,7 +173,14 @@ def _suggest_stage(argv: Sequence[str]) -> None:
     words = iter(argv)
     for word in words:
         if word == "--env-file":
-            next(words, None)
+            file = next(words, None)
+            if file in STAGES and not Path(file).exists():
+                print(
+                    f"error: --env-file: expected a file, found the stage {file}: write "
+                    f"--env-file FILE {file}",
+                    file=sys.stderr,
+                )
+                raise SystemExit(2)
         elif not word.startswith("-"):
             if word not in STAGES:
                 near = difflib.get_close_matches(word, STAGES, n=1, cutoff=0.5)

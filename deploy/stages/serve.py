@@ -72,6 +72,8 @@ def run(
     machine = survey()
     command = serve_command(config, machine)
     if print_only:
+        for note in command.notes:
+            say(note)
         print(json.dumps({"argv": command.shown_argv()}) if as_json else command.shown())
         return 0
     _refuse_bytes(config)

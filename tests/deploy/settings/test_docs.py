@@ -119,6 +119,11 @@ def test_variables_that_the_code_reads_are_in_the_table() -> None:
             "error: expected a stage: check, download, convert, serve, smoke, health, "
             "status, bundle, unbundle (see entrypoint.py --help)",
         ),
+        (
+            ["--env-file", "serve", "--print"],
+            "error: --env-file: expected a file, found the stage serve: write --env-file FILE "
+            "serve",
+        ),
         (["serve", "--prnt"], "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),
         (["serve", "--json"], "error: --json goes with --print (see entrypoint.py --help)"),
     ],
