@@ -283,5 +283,6 @@ STAGE = Stage(
     ),
     _add_arguments,
     problem=_problem,
+    acts=lambda args: not args.print_only,
     keeps_state=lambda args: not args.print_only,
 )
