@@ -37,7 +37,8 @@ files, and a later file over an earlier one. An empty variable counts as not set
   an error that suggests the nearest name. A bad value is an error that says what was expected.
 - Booleans are `1`/`0`, `true`/`false`, `yes`/`no` or `on`/`off`.
 - `auto`, where it is allowed, chooses by what the machine or the model is; `serve` and `check`
-  print what was chosen and why, `serve --print` too, on standard error. `none`, where it is allowed, leaves the flag out.
+  print what was chosen and why, `serve --print` too, on standard error. `none`, where it is
+  allowed, leaves the flag out.
 - For a secret `X`, `X_FILE` may name a file that holds it. Setting both is an error.
 - An env file has lines `NAME=value` and gives the values that `docker compose` gives for the same
   file: with ` #` comments, quotes, escapes in double quotes, and `$NAME`, `${{NAME:-default}}` from
