@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
         clean clean-demo image image-there image-test up up-cpu follow down logs ps chat
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-38s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "  %-42s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 HAS_COMPOSE := $(shell docker compose version 2>/dev/null)
 
@@ -42,6 +42,7 @@ $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 	  { echo "error: $(PYTHON) has no headers: install the package python3-dev" >&2; exit 2; }
 	@command -v c++ >/dev/null || \
 	  { echo "error: no C++ compiler found: install the package g++" >&2; exit 2; }
+	@echo 'Packages into $(VENV), 11 GB: some 5 minutes, by the network and the disk; nothing is printed meanwhile.'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.txt
 	$(BIN)/uv pip install -q --python $(BIN)/python --require-hashes -r requirements/dev.txt
@@ -50,10 +51,12 @@ $(VENV)/.installed: requirements/bootstrap.txt requirements/dev.txt
 # Else each of a server's three processes compiles what it imports when the first one starts. It only
 # saves time, so a failure is for those to report who need the import.
 $(VENV)/.bytecode: $(VENV)/.installed
+	@echo 'Compiling the Python files that SGLang imports, once: a minute or two.'
 	-$(BIN)/python -W ignore -c 'import sglang.launch_server, sglang.srt.managers.scheduler' >/dev/null 2>&1
 	touch $@
 
 $(BUILT): $(VENV)/.installed $(SOURCES)
+	@echo 'Building the extension: a minute or two on two cores.'
 	$(BIN)/uv pip install -q --python $(BIN)/python --no-build-isolation --no-deps --editable . \
 	  --config-settings cmake.define.WARNINGS_AS_ERRORS=$(if $(STRICT),ON,OFF)
 	touch $@
@@ -78,13 +81,18 @@ clean-demo: ## remove what the demo made
 
 # ---- one stage, configured by KT_* variables (docs/configuration.md) -------------------------------
 
-download serve check smoke health status: venv ## run one stage from KT_* variables
-	$(BIN)/python entrypoint.py $@
+# Files of settings for the stages on the host: make serve ENV_FILE=my.env. Compose's .env is none of
+# them: its paths are a container's.
+ENV_FILE ?=
+OF_FILES  = $(if $(ENV_FILE), $(strip $(ENV_FILE:%=--env-file %)))
 
-# In the container where Compose is there, on the host with LOCAL=1 or without Compose.
-ifneq ($(LOCAL)$(if $(HAS_COMPOSE),,1),)
-convert: venv ## convert in the container; on the host with LOCAL=1 or where there is no Compose
-	$(BIN)/python entrypoint.py $@
+download serve check smoke health status: venv ## run one stage on the host, from KT_* variables and ENV_FILE=my.env
+	$(BIN)/python entrypoint.py$(OF_FILES) $@
+
+# In the container where Compose is there; on the host with LOCAL=1 or ENV_FILE, or without Compose.
+ifneq ($(LOCAL)$(ENV_FILE)$(if $(HAS_COMPOSE),,1),)
+convert: venv ## convert in the container; on the host with LOCAL=1 or ENV_FILE, or where there is no Compose
+	$(BIN)/python entrypoint.py$(OF_FILES) $@
 else
 convert: image-there
 	$(COMPOSE) run --rm --no-deps convert
@@ -97,10 +105,10 @@ PARTS  ?=
 # environment for every other target.
 BUNDLED_IMAGE = $(or $(IMAGE),$(if $(HAS_COMPOSE),$(shell docker compose -f docker-compose.yml config --images preflight 2>/dev/null)))
 bundle: venv ## all that a host without a network needs, in BUNDLE, with checksums; PARTS="model weights image wheels source"
-	$(BIN)/python entrypoint.py bundle "$(BUNDLE)" $(PARTS:%=--part %) $(BUNDLED_IMAGE:%=--image %)
+	$(BIN)/python entrypoint.py$(OF_FILES) bundle "$(BUNDLE)" $(PARTS:%=--part %) $(BUNDLED_IMAGE:%=--image %)
 
 unbundle: ## check what is in BUNDLE and install it, without a network
-	$(PYTHON) entrypoint.py unbundle "$(BUNDLE)" $(PARTS:%=--part %)
+	$(PYTHON) entrypoint.py$(OF_FILES) unbundle "$(BUNDLE)" $(PARTS:%=--part %)
 
 # ---- in containers: docs/operations.md -------------------------------------------------------------
 
@@ -156,8 +164,9 @@ ps: ## what each stage is doing, and why one failed
 chat: ## ask the server that runs in the container
 	$(COMPOSE) run --rm --no-deps client
 
-doctor: venv ## what this machine has and lacks; neither model nor weights are needed
-	$(BIN)/python entrypoint.py check --host
+# Not venv: what a machine lacks is asked before 11 GB are installed on it.
+doctor: ## what this machine has and lacks; neither .venv nor model nor weights are needed
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) entrypoint.py$(OF_FILES) check --host
 
 # ---- quality ---------------------------------------------------------------------------------------
 

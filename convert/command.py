@@ -163,6 +163,7 @@ def main(
     argv: Sequence[str] | None = None,
     on_layers: Callable[[int, int], None] = lambda finished, total: None,
     on_failure: Callable[[str], None] = lambda reason: None,
+    worded: Callable[[str], str] = lambda reason: reason,
 ) -> int:
     """Run the command; returns its exit code.
 
@@ -170,6 +171,7 @@ def main(
         argv: the flags; None takes this process's.
         on_layers: is told the finished layers and their total, at the start and after each layer.
         on_failure: is told the reason when the exit code will not be 0.
+        worded: an error that names flags, in the words of who called this.
     """
     try:
         options, verify_only = parse_options(argv)
@@ -181,7 +183,7 @@ def main(
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise  # of the output: kt_kernel/program.py tells
-        reason = describe(error) if isinstance(error, OSError) else str(error)
+        reason = worded(describe(error) if isinstance(error, OSError) else str(error))
         print(f"error: {reason}", file=sys.stderr)
         on_failure(reason)
         return 2

@@ -57,8 +57,12 @@ def parse_layers(text: str) -> LayerChoice:
         raise ValueError(f"is {text!r}, expected A-B or A, as in 3-20, or a part, as in 2/8")
     if mark == "/":
         part = LayerPart(int(first), int(second))
+        if part.count == 0:
+            raise ValueError(f"is {text!r}, expected at least one part, as in 2/8")
         if not 1 <= part.number <= part.count:
-            raise ValueError(f"is {text!r}, expected a part from 1/{part.count} on, as in 2/8")
+            raise ValueError(
+                f"is {text!r}, expected a part from 1/{part.count} to {part.count}/{part.count}"
+            )
         return part
     bounds = LayerRange(int(first), int(second or first))
     if bounds.first > bounds.last:

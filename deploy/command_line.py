@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from deploy.console import say, time_lines
-from deploy.errors import messages_of
-from deploy.settings.config import load
+from deploy.errors import UserErrors, messages_of
+from deploy.settings.config import load, placeholders
 from deploy.settings.row import AUTO, SECTIONS, Setting
 from deploy.settings.table import TABLE
 from deploy.settings.variables import BY_NAME
@@ -130,6 +130,8 @@ def _run(stage: Stage, args: argparse.Namespace) -> tuple[int, StageState | None
             raise
         run_dir = config["KT_RUN_DIR"]
         state = _open_state(stage, args, run_dir)
+        if stage.acts(args) and (problems := placeholders(config, stage.name)):
+            raise UserErrors(problems)
         return stage.run(config, args, state), state, run_dir
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.filename is None:
@@ -173,7 +175,14 @@ def _suggest_stage(argv: Sequence[str]) -> None:
     words = iter(argv)
     for word in words:
         if word == "--env-file":
-            next(words, None)
+            file = next(words, None)
+            if file in STAGES and not Path(file).exists():
+                print(
+                    f"error: --env-file: expected a file, found the stage {file}: write "
+                    f"--env-file FILE {file}",
+                    file=sys.stderr,
+                )
+                raise SystemExit(2)
         elif not word.startswith("-"):
             if word not in STAGES:
                 near = difflib.get_close_matches(word, STAGES, n=1, cutoff=0.5)

@@ -15,11 +15,11 @@ def check_rendezvous(situation: Situation) -> Iterator[Finding]:
     """PyTorch's store, by which a server's processes find each other, is for this host only."""
     host = situation.values["KT_HOST"]
     # The plugin has it listen on loopback where KT_HOST is every address.
-    good = is_loopback(host) or host in LOOPBACK_OF
+    where = LOOPBACK_OF.get(host, host)
     yield warn_unless(
-        good,
+        is_loopback(where),
         "PyTorch's store, which has no authentication, on a loopback address",
-        f"KT_HOST {host}, on which it listens, too, on a port of SGLang's choice above KT_PORT",
+        f"it on {where}, on a port of SGLang's choice above KT_PORT",
         "set KT_HOST=0.0.0.0, with which it is on 127.0.0.1, or close that address's other ports",
     )
 

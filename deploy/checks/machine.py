@@ -40,7 +40,12 @@ def check_memory(situation: Situation) -> Iterator[Finding]:
     if usable < needed:
         raise_limit = limited and memory.total >= needed
         todo = "raise the container's memory limit" if raise_limit else "add memory"
-        yield Finding(Status.FAIL, expected, found, f"{todo}, or serve a smaller model")
+        todo += ", or serve a smaller model"
+        for name in ("KT_MAX_TOTAL_TOKENS", "KT_CHUNKED_PREFILL_SIZE"):
+            share = needed - needs.memory({**situation.values, name: 0})
+            if share > needed / 2 or needed - share <= usable:
+                todo = f"lower {name}, which takes {gigabytes(share)} of it"
+        yield Finding(Status.FAIL, expected, found, todo)
     elif memory.available < needed:
         yield Finding(
             Status.WARN,

@@ -72,12 +72,14 @@ def check_cpu_reservations(situation: Situation) -> Iterator[Finding]:
         f"{ranges(cpus)} are process {process or 'of another container'}'s"
         for process, cpus in sorted(by_process.items())
     )
+    own = f"set KT_CPUINFER={free}, less" if free else "set a lower KT_CPUINFER"
     yield warn_unless(
         threads <= free or not by_process,
-        f"{threads} of {len(usable)} CPUs that no other server of this host computes on",
+        # What is more than there are, the check of the threads refuses.
+        f"{min(threads, len(usable))} of {len(usable)} CPUs that no other server of this host "
+        "computes on",
         f"{free}; {told}" if told else f"{free}",
-        f"all of them would wait for each other: set KT_CPUINFER={max(free, 1)}, less on the other "
-        "server, or KT_CPUS on both",
+        f"all of them would wait for each other: {own} on the other server, or KT_CPUS on both",
     )
 
 

@@ -14,5 +14,21 @@ ROUTER_POLICY RUN_AS SCRAPE_INTERVAL SETTINGS_FILE SHM_SIZE START_PERIOD STOP_GR
 WORKER_URLS
 """
 COMPOSE = tuple(_NAMES.split())
+#: Those that nearly every host needs, for `.env.example`: name, default, meaning.
+FIRST = (
+    (
+        "MODELS",
+        "models",
+        "Where the model's 689 GB go: a directory of the host, or a named volume.",
+    ),
+    ("WEIGHTS", "weights", "Where the packed weights' 338 GB go, likewise."),
+    (
+        "RUN_AS",
+        "10001:10001",
+        "User and group in the containers; directories of the host must belong to them (id -u, "
+        "id -g).",
+    ),
+    ("GPU_IDS", "0", "GPU of the containers, by number or UUID (nvidia-smi -L)."),
+)
 #: What replaced those of earlier versions.
 RENAMED = {"GPU_COUNT": "GPU_IDS"}

@@ -25,6 +25,9 @@ from deploy.settings.variables import (
 )
 from kt_kernel.files.foreign import read_stream
 
+#: Begins the paths in the tutorial and in ``env/``.
+PLACEHOLDER = "/path/to"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -119,6 +122,18 @@ def load(
         environment = {k: v for k, v in environment.items() if is_for(k, stage)}
         kept = {k: v for k, v in kept.items() if is_for(k, stage)}
     return Config(values, {**environment, **kept}, frozenset(environment) - frozenset(kept))
+
+
+def placeholders(config: Config, stage: str) -> list[str]:
+    """What is wrong with paths of a stage that are still those of ``env/``: one line for each."""
+    return [
+        f"{setting.name}: expected a path of this host, found {config[setting.name]}, which is the "
+        f"example's: put your own directory in the place of {PLACEHOLDER}"
+        for setting in TABLE
+        if stage in setting.stages
+        and str(config[setting.name]).startswith(f"{PLACEHOLDER}/")
+        and not Path(PLACEHOLDER).exists()
+    ]
 
 
 def _in_table(name: str) -> bool:

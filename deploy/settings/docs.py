@@ -14,6 +14,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+from deploy.settings.compose_names import FIRST
 from deploy.settings.row import FOREIGN, SECTIONS, SHARED, Setting
 from deploy.settings.table import TABLE
 from deploy.settings.variables import HANDED_ON
@@ -36,7 +37,8 @@ files, and a later file over an earlier one. An empty variable counts as not set
   an error that suggests the nearest name. A bad value is an error that says what was expected.
 - Booleans are `1`/`0`, `true`/`false`, `yes`/`no` or `on`/`off`.
 - `auto`, where it is allowed, chooses by what the machine or the model is; `serve` and `check`
-  print what was chosen and why. `none`, where it is allowed, leaves the flag out.
+  print what was chosen and why, `serve --print` too, on standard error. `none`, where it is
+  allowed, leaves the flag out.
 - For a secret `X`, `X_FILE` may name a file that holds it. Setting both is an error.
 - An env file has lines `NAME=value` and gives the values that `docker compose` gives for the same
   file: with ` #` comments, quotes, escapes in double quotes, and `$NAME`, `${{NAME:-default}}` from
@@ -110,6 +112,10 @@ unless `KT_IGNORE_CHECKS` names the check.
 ENV_EXAMPLE = """\
 # Settings of this project, each with its default. Copy to .env and uncomment what you change.
 # {generated}
+
+# --- Containers: Compose's own (docs/operations.md#settings has all) ---
+# They are for docker compose; entrypoint.py --env-file refuses them.
+{first}
 """
 
 TUTORIAL_ENV = """\
@@ -168,7 +174,8 @@ def _enumerate(words: tuple[str, ...]) -> str:
 
 def env_example() -> str:
     """Text of .env.example."""
-    lines = [ENV_EXAMPLE.format(generated=GENERATED)]
+    first = "\n".join(f"# {text}\n#{name}={default}" for name, default, text in FIRST)
+    lines = [ENV_EXAMPLE.format(generated=GENERATED, first=first)]
     for section in SECTIONS:
         lines.append(f"# --- {section} ---")
         for s in TABLE:

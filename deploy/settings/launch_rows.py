@@ -59,7 +59,7 @@ LAUNCH: tuple[Setting, ...] = (
         "KT_CPUINFER", Integer(1), AUTO,
         "CPU threads for the experts and for the conversion. `auto` is the number of physical "
         "cores this process may use; `serve` leaves a CPU to SGLang's scheduler of each GPU and "
-        "one to the thread that starts CUDA graphs' calls. More threads than it has CPUs is an "
+        "one to the thread that starts CUDA graphs' calls. There more threads than CPUs are an "
         "error, because every layer waits for its slowest thread.",
         SHARED, ("convert", "serve", "check"),
         (Flag("serve", "--kt-cpuinfer"), Flag("convert", "--cpuinfer-threads", (), 5)),

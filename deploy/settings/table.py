@@ -35,6 +35,7 @@ from deploy.settings.value_types import (
     REPOSITORY,
     TOKEN,
     URL,
+    AlwaysTrue,
     Choice,
     FilePath,
     Integer,
@@ -105,7 +106,7 @@ TABLE: tuple[Setting, ...] = (
         CONVERT, ("convert",), (Flag("convert", "--layers", (), 8),), none=True,
     ),
     Setting(
-        "KT_NO_MERGE_SAFETENSOR", BOOLEAN, "1",
+        "KT_NO_MERGE_SAFETENSOR", AlwaysTrue(), "1",
         "The tutorial's flag: one file per layer. It is the only way that this project writes.",
         CONVERT, ("convert",), (Flag("convert", "--no-merge-safetensor", (), 7),), tutorial="1",
     ),

@@ -110,6 +110,20 @@ class Boolean:
 
 
 @dataclass(frozen=True)
+class AlwaysTrue:
+    """A switch of the tutorial's that this project cannot turn off."""
+
+    @property
+    def expected(self) -> str:
+        return ", ".join(_TRUE[:-1]) + f" or {_TRUE[-1]}"
+
+    def parse(self, text: str) -> bool:
+        if not Boolean().parse(text):
+            raise BadValue("there is no other way here")
+        return True
+
+
+@dataclass(frozen=True)
 class Choice:
     """One of some words, exactly as written."""
 

@@ -105,6 +105,7 @@ STAGE = Stage(
     "report what this machine and the directories have and lack",
     lambda config, args, state: run(config, args.json, args.host, args.first, state),
     _add_arguments,
+    acts=lambda args: not args.host,
     keeps_state=lambda args: args.tell,
     writes_log=lambda args: args.tell and not args.json,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 
 from deploy.console import say
 from deploy.hub.marker import is_whole_model, read_marker
 from deploy.launch.argv import convert_command
 from deploy.settings.config import Config, export
+from deploy.settings.variables import commanded
 from deploy.stages.stage import Stage
 from deploy.stages.turns import add_turns, others_directory, problem_of, to_wait_by, wait_for
 from deploy.state import DONE, StageState
@@ -31,6 +33,11 @@ def run(config: Config, state: StageState, wait_by: str | None = None) -> int:
     state.set("checking")
     export(config)
     model_path = config.path("KT_MODEL_PATH")
+    if not model_path.exists():
+        raise UserError(
+            f"KT_MODEL_PATH {model_path} does not exist: run `python entrypoint.py download` "
+            f"first, or set it to a checkpoint's directory"
+        )
     marker = read_marker(model_path)
     if marker is not None and not marker.complete:
         raise UserError(
@@ -45,12 +52,19 @@ def run(config: Config, state: StageState, wait_by: str | None = None) -> int:
     say(f"running: {command.shown()}")
     progress, failures = _Progress(state), list[str]()
     with progress:
-        status = converter.main(command.argv[3:], progress.on_layers, failures.append)
+        status = converter.main(command.argv[3:], progress.on_layers, failures.append, in_settings)
     if failures:
         state.fail(failures[0])
     elif status == 0:
         state.set(DONE)
     return status
+
+
+def in_settings(reason: str) -> str:
+    """An error of the converter with its flags as the settings that they were made from."""
+    reason = reason.replace("python -m convert --help lists the flags", "docs/configuration.md")
+    names = {flag.name: setting.name for setting, flag in commanded("convert")}
+    return re.sub(r"(?<![\w/-])--[a-z][a-z-]*", lambda flag: names.get(flag[0], flag[0]), reason)
 
 
 class _Progress:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
+from deploy.console import say
 from kt_kernel.errors import UserError, one_line
 
 POLL_SECONDS = 1.0
@@ -60,6 +61,7 @@ def ask(host: str, port: int) -> Mapping[str, Any]:
         UserError: it does not answer for a minute.
     """
     found: object = None
+    told = False
     for _ in _until(UNREACHABLE_SECONDS):
         connection = http.client.HTTPConnection(host, port, timeout=30)
         try:
@@ -72,6 +74,9 @@ def ask(host: str, port: int) -> Mapping[str, Any]:
             found = error
         finally:
             connection.close()
+        if not told:
+            say(f"waiting up to a minute for the status service on port {port} of {host}")
+            told = True
     raise UserError(
         f"no status service answers on KT_STATUS_PORT {port} of {host} ({found}): start one with "
         f"`python entrypoint.py status`"

@@ -72,6 +72,8 @@ def run(
     machine = survey()
     command = serve_command(config, machine)
     if print_only:
+        for note in command.notes:
+            say(note)
         print(json.dumps({"argv": command.shown_argv()}) if as_json else command.shown())
         return 0
     _refuse_bytes(config)
@@ -281,5 +283,6 @@ STAGE = Stage(
     ),
     _add_arguments,
     problem=_problem,
+    acts=lambda args: not args.print_only,
     keeps_state=lambda args: not args.print_only,
 )

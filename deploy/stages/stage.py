@@ -31,6 +31,7 @@ class Stage:
             none is kept; returns the exit status.
         add_arguments: gives its parser its own arguments.
         problem: what is wrong with a combination of arguments; empty if nothing is.
+        acts: whether it reads or writes what its settings name.
         keeps_state: whether it tells ``health`` and ``status`` what it does.
         writes_log: whether its lines begin with the time, unless on a terminal.
         failed: exit status after a :class:`UserError`.
@@ -42,6 +43,7 @@ class Stage:
     run: Callable[[Config, Namespace, Any], int]
     add_arguments: Callable[[ArgumentParser], None] = _adds_nothing
     problem: Callable[[Namespace], str] = lambda _: ""
+    acts: Callable[[Namespace], bool] = lambda _: True
     keeps_state: Callable[[Namespace], bool] = lambda _: False
     writes_log: Callable[[Namespace], bool] = lambda args: (
         getattr(args, "in_turn", None) is not None

@@ -25,7 +25,9 @@ import httpx
 from openai import OpenAI
 
 from convert.quantize import quantizer_settings
+from deploy.settings.row import AUTO
 from deploy.settings.variables import BY_NAME
+from deploy.state import read_state, run_directory
 from examples.tiny.hub import Hub
 from examples.tiny.trained import copy_checkpoint
 from kt_kernel.errors import UserError
@@ -38,6 +40,7 @@ REPO_ID = "deepseek-ai/DeepSeek-V3.2-tiny"
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "entrypoint.py"
 START_TIMEOUT = 600  # seconds; half a minute is usual, a busy machine may take minutes
 STOP_TIMEOUT = 30
+TELL_SECONDS = 15.0  # between lines about a server that loads
 
 QUESTIONS = {
     "What is 602 - 148?": "454",
@@ -71,6 +74,7 @@ def settings(work: Path, hub: str, port: int) -> dict[str, str]:
         "KT_MODEL_ID": REPO_ID,
         "KT_MODEL_PATH": str(work / "models" / "DeepSeek-V3.2-tiny"),
         "KT_WEIGHT_PATH": str(work / "weights" / "DeepSeek-V3.2-tiny-INT4"),
+        "KT_RUN_DIR": str(work / "run"),  # a real deployment of this host may have the usual one
         "KT_DEVICE": "cpu",
         "KT_HOST": "127.0.0.1",
         "KT_PORT": str(port),
@@ -101,14 +105,17 @@ def server(environment: dict[str, str], log: Path) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        wait_until_healthy(process, url, log)
+        states = run_directory(environment.get("KT_RUN_DIR", AUTO))
+        wait_until_healthy(process, url, log, states)
         yield url
     finally:
         stop_group(process)
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
+def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path, states: Path) -> None:
+    """Wait for the server, and say now and then what the state file in ``states`` says of it."""
+    started = told = time.monotonic()
+    deadline = started + START_TIMEOUT
     with httpx.Client(timeout=30, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
@@ -121,6 +128,12 @@ def wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) ->
                     return
             except httpx.HTTPError:
                 pass
+            now = time.monotonic()
+            if now - told >= TELL_SECONDS:
+                state = read_state(states, "serve")
+                phase = "starting" if state is None else state.line()
+                print(f"{phase}, {now - started:.0f} s so far", flush=True)
+                told = now
             time.sleep(0.5)
     raise DemoError(f"the server was not healthy after {START_TIMEOUT} s: see {log}")
 

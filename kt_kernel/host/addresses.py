@@ -48,7 +48,8 @@ def address_problem(host: str, port: int) -> tuple[str, str] | None:
         with bound(host, port) as probe:
             probe.listen()
     except socket.gaierror as error:
-        return f"that {host} is no address ({error.strerror})", "set KT_HOST to 0.0.0.0"
+        todo = "set KT_HOST to 127.0.0.1, or, with a key, to 0.0.0.0 for other hosts"
+        return f"that {host} is no address ({error.strerror})", todo
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return "another program listening there", "stop it or set KT_PORT to another port"

@@ -36,6 +36,35 @@ def test_a_secret_in_the_environment_would_be_kept_with_every_job(
     assert "hf_secret" not in result.stderr
 
 
+def test_where_there_is_no_cluster_nothing_is_left(tmp_path: Path) -> None:
+    """There were only sbatch's own lines, and empty directories."""
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(
+        "#!/bin/sh\necho 'sbatch: error: Unable to contact slurm controller' >&2; exit 1\n"
+    )
+    sbatch.chmod(0o755)
+    (tmp_path / "a.env").touch()
+    here = {
+        "PATH": f"{sbatch.parent}:{NO_SECRETS['PATH']}",
+        "MEMORY": "1G",
+        "RUN": f"{tmp_path}/run",
+    }
+    result = subprocess.run(
+        [str(REPOSITORY / "cluster/slurm/submit"), str(tmp_path / "a.env")],
+        env=here | {"RUN_BY": "pyxis", "IMAGE": "x"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[1:] == [
+        "error: sbatch takes no job 'download' and says why above: expected a cluster that answers "
+        "(sinfo) and options it knows"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_job_ends_after_its_stage(tmp_path: Path) -> None:
     """Slurm tells the batch shell, and kills what is left when that ends."""
     python = tmp_path / ".venv/bin/python"

@@ -137,6 +137,22 @@ def test_a_bundle_has_the_image_of_compose(folder: Path) -> None:
     assert 'entrypoint.py unbundle "/a b" --part image' in found
 
 
+def test_a_file_of_settings_reaches_every_stage_on_the_host(folder: Path) -> None:
+    """`make convert` was in the container then, and the others on the host read no file at all."""
+    for stage in ("download", "convert", "serve", "check", "smoke", "health", "status"):
+        found = _run(folder, "-n", stage, "ENV_FILE=a.env b.env").stdout
+        assert f"entrypoint.py --env-file a.env --env-file b.env {stage}\n" in found
+    for stage in ("bundle", "unbundle"):
+        found = _run(folder, "-n", stage, "ENV_FILE=a.env").stdout
+        assert f"entrypoint.py --env-file a.env {stage} " in found
+
+
+def test_what_the_machine_lacks_is_asked_before_anything_is_installed(folder: Path) -> None:
+    """`make doctor` fetched 11 GB first."""
+    found = _run(folder, "-n", "doctor", "VENV=/not/there").stdout
+    assert found == "python3 entrypoint.py check --host\n"
+
+
 def test_variables_of_the_environment_reach_compose_unchanged(folder: Path) -> None:
     """Also those whose names the Makefile mentions."""
     names = sorted(set(re.findall(r"\$\{([A-Z_]+)", _all_compose_files())) - {"PATH", "HOME"})

@@ -33,6 +33,14 @@ def test_no_layers(text: str) -> None:
         parse_layers(text)
 
 
+def test_a_part_that_is_not_there_is_told_those_that_are() -> None:
+    """0/0 got "expected a part from 1/0 on"."""
+    with pytest.raises(ValueError, match="expected at least one part"):
+        parse_layers("0/0")
+    with pytest.raises(ValueError, match="expected a part from 1/2 to 2/2"):
+        parse_layers("3/2")
+
+
 def test_a_range_without_experts_is_told() -> None:
     with pytest.raises(UserError, match="--layers 0-2 holds no layer"):
         parse_layers("0-2").of(MOE_LAYERS)

@@ -20,6 +20,8 @@ GLOSSARY = REPOSITORY / "docs" / "glossary.md"
 INVENTED = {"csrc/isa/NAME.h", "csrc/targets/NAME.cpp"}
 #: Modules of others that are started by hand.
 OTHERS_MODULES = {"pytest", "sglang.launch_server"}
+#: Pages about measurements and how it is made.
+MEASURED = {"docs/architecture.md", "docs/performance.md"}
 #: Columns of the glossary's tables.
 Row = dict[str, str]
 
@@ -133,6 +135,18 @@ def test_modules_exist(name: str) -> None:
     for module in set(re.findall(r"python -m ([\w.]+\w)", text)) - OTHERS_MODULES:
         path = module.replace(".", "/")
         assert {f"{path}.py", f"{path}/__main__.py"} & tracked(), module
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_it_is_said_which_python_a_command_means(name: str) -> None:
+    """Debian has no `python`, and its `python3` none of the packages."""
+    text = text_of(name)
+    # Those of the measurements are for whoever has read the guide for contributors.
+    commands = re.findall(
+        r"^ *python (?:-m|entrypoint)", "\n".join(code_blocks(text)), re.MULTILINE
+    )
+    if commands and name not in MEASURED:
+        assert ".venv/bin" in text or "that of `.venv`" in text
 
 
 def test_what_is_looked_for_is_found() -> None:

@@ -283,7 +283,9 @@ def test_port(taken_port: str) -> None:
     assert "found another program listening there" in text
     # Every address, as in the tutorial, includes that one.
     assert "another program" in sentence(check_port, KT_HOST="0.0.0.0", KT_PORT=taken_port)
-    assert "is no address" in sentence(check_port, KT_HOST="no-such-host.invalid")
+    unknown = sentence(check_port, KT_HOST="no-such-host.invalid")
+    assert "is no address" in unknown
+    assert "set KT_HOST to 127.0.0.1, or" in unknown  # 0.0.0.0 wants a key
     assert "address of this machine" in sentence(check_port, KT_HOST="192.0.2.1")
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = str(server.getsockname()[1])
@@ -318,11 +320,13 @@ def test_others_reach_the_server_with_a_key_only(
 
 
 def test_pytorchs_store_is_for_this_host() -> None:
-    for host in ("127.0.0.1", "0.0.0.0", "::"):
-        assert results(check_rendezvous, KT_HOST=host)[0].status is Status.PASS
+    for host, where in (("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "::1")):
+        (good,) = results(check_rendezvous, KT_HOST=host)
+        assert good.status is Status.PASS
+        assert f"found it on {where}, on a port" in good.sentence()
     (other,) = results(check_rendezvous, KT_HOST="192.168.0.5")
     assert other.status is Status.WARN
-    assert "found KT_HOST 192.168.0.5, on which it listens, too" in other.sentence()
+    assert "found it on 192.168.0.5, on a port" in other.sentence()
 
 
 CPU = {"KT_DEVICE": "cpu", "KT_CPUINFER": "1", "KT_THREADPOOL_COUNT": "1", "KT_HOST": "127.0.0.1"}
@@ -384,7 +388,15 @@ def test_check_json(prepared: Prepared, tmp_path: Path) -> None:
 
 def test_convert_passes_the_exit_code_on(tmp_path: Path, model: Path) -> None:
     line = fails("convert", **paths(tmp_path / "no", tmp_path / "out"))
-    assert "does not exist" in line
+    assert line == (
+        f"error: KT_MODEL_PATH {tmp_path}/no does not exist: run `python entrypoint.py download` "
+        "first, or set it to a checkpoint's directory"
+    )
+    (tmp_path / "empty").mkdir()
+    line = fails("convert", **paths(tmp_path / "empty", tmp_path / "out"))
+    assert line.endswith("KT_MODEL_PATH must be the directory of a downloaded checkpoint")
+    line = fails("convert", **paths(model, tmp_path / "out"), KT_CONVERT_LAYERS="90")
+    assert "error: KT_CONVERT_LAYERS 90-90 holds no layer with experts" in line
     marker = marker_of(model)
     marker.complete = False
     marker.save(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,22 @@ def test_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         facts(monkeypatch, *features)
         assert one(checks_cpu.check_amx, tmp_path).status is status
+
+
+def test_cpus_of_other_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """60 threads were "60 of 2 CPUs"; with none free, one thread was advised."""
+    held: dict[int, int] = {}
+    usable = [SimpleNamespace(id=0), SimpleNamespace(id=1)]
+    monkeypatch.setattr(checks_threads, "holders", lambda *_: held)
+    monkeypatch.setattr(checks_threads, "allowed_cpus", lambda _: usable)
+    check = checks_threads.check_cpu_reservations
+    result = one(check, tmp_path, KT_CPUINFER="60")
+    assert (result.status, result.found) == (Status.PASS, "2")
+    assert result.expected.startswith("2 of 2 CPUs that no other server")
+    held[0] = 7
+    assert "set KT_CPUINFER=1, less on the other" in one(check, tmp_path, KT_CPUINFER="2").todo
+    held[1] = 7
+    assert "set a lower KT_CPUINFER on the other" in one(check, tmp_path, KT_CPUINFER="1").todo
 
 
 def test_cpu_limits(tmp_path: Path, prepared: Prepared) -> None:

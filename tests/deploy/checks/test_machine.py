@@ -35,6 +35,17 @@ def test_too_little_memory(tmp_path: Path, prepared: Prepared) -> None:
     assert one(checks_machine.check_memory, host(tmp_path, 2), **tiny(prepared)).status == "FAIL"
 
 
+@pytest.mark.parametrize("name", ["KT_MAX_TOTAL_TOKENS", "KT_CHUNKED_PREFILL_SIZE"])
+def test_a_setting_that_takes_too_much_memory_is_named(
+    name: str, tmp_path: Path, prepared: Prepared
+) -> None:
+    """It was told to add memory, or to serve a smaller model than the tiny one."""
+    settings = {**tiny(prepared), "KT_DEVICE": "cpu", name: "1000000000"}
+    result = one(checks_machine.check_memory, host(tmp_path, 64), **settings)
+    assert result.status is Status.FAIL
+    assert result.todo.startswith(f"lower {name}, which takes ")
+
+
 def test_a_containers_memory_limit(tmp_path: Path) -> None:
     host(tmp_path, 512)
     write(tmp_path, {"sys/fs/cgroup/memory.max": str(64 * GIB)})

@@ -71,6 +71,13 @@ def test_print_is_a_shell_command() -> None:
     assert result.stdout.count("\n") == 1
 
 
+def test_print_says_beside_the_command_what_auto_is() -> None:
+    """The documents say so of `serve`, and `--print` left it out."""
+    result = run("serve", "--print", KT_DEVICE="cpu")
+    assert "KT_CPUINFER=auto is " in result.stderr
+    assert result.stdout.count("\n") == 1
+
+
 def test_the_tutorials_conversion() -> None:
     argv = convert_command(load({}, [TUTORIAL]), LAPTOP).argv
     expected = words(CONVERT)

@@ -12,7 +12,7 @@ from deploy.settings.config import export, load
 from deploy.settings.env_file import read_env_file
 from deploy.settings.variables import HANDED_ON
 from deploy.stages.registry import STAGES
-from tests.deploy.helpers import without_home
+from tests.deploy.helpers import REPOSITORY, run, without_home
 
 NOT_SHOWN = "expected NAME=value, found another line (not shown, it may be part of a secret)"
 
@@ -236,3 +236,15 @@ def test_json_without_end() -> None:
     (line,) = problems({"KT_MODEL_OVERRIDE_ARGS": '{"a":' * 100_000})
     assert line.startswith("KT_MODEL_OVERRIDE_ARGS: expected a JSON object, found ")
     assert len(line) < 300
+
+
+@pytest.mark.parametrize("words", ["check", "download", "convert", "serve", "bundle /tmp/b"])
+def test_the_examples_paths_are_no_paths(words: str, tmp_path: Path) -> None:
+    """As root, 689 GB were begun below /path/to."""
+    example = REPOSITORY / "env/tutorial.env"
+    result = run("--env-file", example, *words.split(), KT_RUN_DIR=str(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    names = ["KT_MODEL_PATH"] if words == "download" else ["KT_MODEL_PATH", "KT_WEIGHT_PATH"]
+    assert [line.split(":")[1].strip() for line in lines] == names
+    assert lines[0].endswith("put your own directory in the place of /path/to")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.settings import docs
+from deploy.settings.compose_names import FIRST
 from deploy.settings.config import load
 from deploy.settings.env_file import read_env_file
 from deploy.settings.table import TABLE
@@ -67,8 +68,17 @@ def test_env_example_holds_the_defaults(tmp_path: Path) -> None:
     text = re.sub(r"^#(\w+=)", r"\1", docs.env_example(), flags=re.MULTILINE)
     (tmp_path / "all.env").write_text(text)
     lines = read_env_file(tmp_path / "all.env")
-    assert {line.name for line in lines} == set(BY_NAME) | set(SECRETS)
-    assert load({}, [tmp_path / "all.env"]).values == load({}).values
+    composes = [name for name, _, _ in FIRST]
+    assert [line.name for line in lines[: len(composes)]] == composes
+    assert {line.name for line in lines} == set(BY_NAME) | set(SECRETS) | set(composes)
+    given = {line.name: line.value for line in lines if is_known(line.name)}
+    assert load(given).values == load({}).values
+
+
+def test_env_example_has_the_defaults_of_compose() -> None:
+    compose = (REPOSITORY / "docker-compose.yml").read_text()
+    for name, default, _ in FIRST:
+        assert f"${{{name}:-{default}}}" in compose
 
 
 def test_help_lists_the_settings_of_a_stage() -> None:
@@ -108,6 +118,11 @@ def test_variables_that_the_code_reads_are_in_the_table() -> None:
             [],
             "error: expected a stage: check, download, convert, serve, smoke, health, "
             "status, bundle, unbundle (see entrypoint.py --help)",
+        ),
+        (
+            ["--env-file", "serve", "--print"],
+            "error: --env-file: expected a file, found the stage serve: write --env-file FILE "
+            "serve",
         ),
         (["serve", "--prnt"], "error: unrecognized arguments: --prnt (see entrypoint.py --help)"),
         (["serve", "--json"], "error: --json goes with --print (see entrypoint.py --help)"),

@@ -13,6 +13,7 @@ from deploy.settings.value_types import (
     REPOSITORY,
     TOKEN,
     URL,
+    AlwaysTrue,
     Boolean,
     Choice,
     FilePath,
@@ -35,6 +36,7 @@ from kt_kernel import _ext
         (Number(above=0, maximum=1), "0.98", 0.98),
         (Number(), "1e3", 1000.0),
         (Boolean(), "YES", True),
+        (AlwaysTrue(), "on", True),
         (Boolean(), "on", True),
         (Boolean(), "1", True),
         (Boolean(), "True", True),
@@ -72,6 +74,7 @@ def test_good(kind: ValueType, text: str, value: Any) -> None:
         (Number(), "1e999"),
         (Boolean(), "2"),
         (Boolean(), "enabled"),
+        (AlwaysTrue(), "0"),  # it was taken, and changed nothing
         (Choice(("AMXINT4",)), "amxint4"),
         (FilePath(), "a\0b"),
         (JsonObject(), "[1]"),

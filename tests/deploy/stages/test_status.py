@@ -25,6 +25,7 @@ from deploy.state import (
     read_state,
     write_state,
 )
+from kt_kernel.errors import UserError
 from kt_kernel.host.addresses import free_port
 from tests.deploy.helpers import clean_environment, command, run
 from tests.deploy.stage_states import as_of_another_container, other_process
@@ -250,3 +251,15 @@ def test_status_ends_when_told_to_and_refuses_a_port_in_use(tmp_path: Path) -> N
         assert process.wait(20) == 0
     finally:
         process.kill()
+
+
+def test_following_says_at_once_that_it_waits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a service it said nothing for a minute."""
+    monkeypatch.setattr(follow, "UNREACHABLE_SECONDS", 0.0)
+    port = free_port()
+    with pytest.raises(UserError, match=f"no status service answers on KT_STATUS_PORT {port}"):
+        follow.run("127.0.0.1", port, 1.0)
+    waiting = f"waiting up to a minute for the status service on port {port} of 127.0.0.1\n"
+    assert capsys.readouterr() == ("", waiting)
