@@ -24,6 +24,7 @@ from deploy.settings.value_types import (
     Number,
     Text,
 )
+from kt_kernel.host.cpus import CPU_LIMIT
 from kt_kernel.packed import KT_METHODS
 
 # Rows are denser than the formatter would have them, so that the table can be read as one.
@@ -56,7 +57,7 @@ LAUNCH: tuple[Setting, ...] = (
         tutorial="/path/to/deepseek-v3.2-INT4",
     ),
     Setting(
-        "KT_CPUINFER", Integer(1), AUTO,
+        "KT_CPUINFER", Integer(1, CPU_LIMIT), AUTO,
         "CPU threads for the experts and for the conversion. `auto` is the number of physical "
         "cores this process may use; `serve` leaves a CPU to SGLang's scheduler of each GPU and "
         "one to the thread that starts CUDA graphs' calls. More threads than it has CPUs is an "
@@ -66,7 +67,7 @@ LAUNCH: tuple[Setting, ...] = (
         tutorial="60", auto=True,
     ),
     Setting(
-        "KT_THREADPOOL_COUNT", Integer(1), AUTO,
+        "KT_THREADPOOL_COUNT", Integer(1, 1024), AUTO,
         "Thread pools, one per NUMA node. `auto` is the number of NUMA nodes whose cores this "
         "process may use.",
         SHARED, ("convert", "serve", "check"),

@@ -36,6 +36,7 @@ from deploy.settings.value_types import (
     TOKEN,
     URL,
     Choice,
+    CpuList,
     FilePath,
     Integer,
     JsonObject,
@@ -316,7 +317,7 @@ TABLE: tuple[Setting, ...] = (
         KERNEL, ("serve", "check"), auto=True, by_name=True,
     ),
     Setting(
-        "KT_CPUS", Text("CPUs as in 0-3,8", r"\d+(-\d+)?(,\d+(-\d+)?)*"), "",
+        "KT_CPUS", CpuList(), "",
         "CPUs that the experts' threads, and the conversion, may take. Empty is all that this "
         "process may use; servers of one host take others than each other's in any case.",
         KERNEL, ("convert", "serve", "check"), by_name=True,
