@@ -74,10 +74,16 @@ def _imported(name: str) -> Callable[[], int]:
         signal.signal(signal.SIGINT, own)
 
 
-def end_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends, however that ends."""
+def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends.
+
+    Args:
+        parent: its process id. One that has ended before is not told of: then this process ends.
+    """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _print_exception(*error: Any) -> None:

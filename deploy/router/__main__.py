@@ -145,7 +145,10 @@ def _at_end_of(sentinel: int, act: Callable[[], None]) -> None:
 
 def _run_router(arguments: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    end_with_parent(parent.pid, signal.SIGTERM)
     from sglang_router.router import Router
     from sglang_router.router_args import RouterArgs
 

@@ -102,6 +102,13 @@ HOOKS: list[Hook] = [
         "always",
     ),
     Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+        "after",
+        ending.end_like_terminate,
+        "ends on SIGINT, Ctrl-C, in the middle of requests and with tracebacks",
+        "always",
+    ),
+    Hook(
         "sglang.srt.entrypoints.http_server.set_global_state",
         "before",
         tokenizer.serve_within_limits,

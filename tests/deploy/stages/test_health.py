@@ -77,6 +77,7 @@ def test_an_ordered_end_is_no_failure(tmp_path: Path, monkeypatch: pytest.Monkey
             assert re.match(line, examine(found, tmp_path, url).line())
         process.kill()
         process.wait()
+        assert found is not None
         told = examine(found, tmp_path, url)
         assert told.line() == "stopped: the server was told to end"
         assert not is_healthy(told)
