@@ -4,8 +4,7 @@
 Stages: check, download, convert, serve, smoke, health, status, bundle, unbundle.
 """
 
-from deploy.command_line import main
 from kt_kernel.program import run_program
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program("deploy.command_line:main")

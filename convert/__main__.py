@@ -1,7 +1,6 @@
 """Entry point of ``python -m convert``."""
 
-from convert.command import main
 from kt_kernel.program import run_program
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program("convert.command:main")

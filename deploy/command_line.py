@@ -22,6 +22,7 @@ from deploy.stages.stage import Stage
 from deploy.stages.turns import others_directory, stay
 from deploy.state import StageState, run_directory
 from kt_kernel.errors import UserError, describe
+from kt_kernel.installed import missing_package
 
 DESCRIPTION = "Download, convert and serve DeepSeek V3.2 with its experts on the CPU."
 
@@ -148,9 +149,13 @@ def _run(stage: Stage, args: argparse.Namespace) -> tuple[int, StageState | None
             state.fail("interrupted")
         os._exit(130)  # the Hub client's threads would finish their files first
     except Exception as error:
+        missing = missing_package(error) if isinstance(error, ImportError) else None
         if state is not None:
-            state.fail(f"{type(error).__name__}: {error}")
-        raise
+            state.fail(missing or f"{type(error).__name__}: {error}")
+        if missing is None:
+            raise
+        print(f"error: {missing}", file=sys.stderr)
+        return stage.failed, state, run_dir
 
 
 def _warn(problem: str) -> None:

@@ -23,13 +23,16 @@ from typing import Any
 
 from deploy.console import say
 from deploy.settings.row import AUTO
+from kt_kernel import server_phase
 from kt_kernel.errors import UserError, one_line
 from kt_kernel.files.foreign import read_fields
 from kt_kernel.files.locks import CannotLock, try_lock
 from kt_kernel.files.units import gigabytes_of
 from kt_kernel.load_progress import PROGRESS_VARIABLE
+from kt_kernel.server_phase import told_phase
 
 DONE, FAILED, READY, WAITING = "done", "failed", "ready", "waiting"
+ENDING, STOPPED = "ending", "stopped"  # told to; and it has ended
 RESTARTING = "restarting"  # only told, by those who wait whether it is so
 COPYING = "copying weights"
 HOST = "{host}"
@@ -50,8 +53,9 @@ class State:
     Attributes:
         stage: ``check``, ``download``, ``convert`` or ``serve``.
         phase: what it is doing (``downloading``, ``verifying``, ``converting``, ``checking``,
-            ``loading``, ``ready`` ...), or ``done``, ``failed``, ``restarting`` or ``waiting``.
-        message: the reason of a failure or of a restart, or what is waited for; else empty.
+            ``loading``, ``ready``, ``ending`` ...), or ``done``, ``failed``, ``stopped``,
+            ``restarting`` or ``waiting``.
+        message: the reason of a failure, an end or a restart, or what is waited for; else empty.
         done, total: progress in ``unit``; None where there is nothing to count.
         unit: ``bytes``, ``layers`` or ``servers``.
         pid: of the stage's process, in the PID namespace ``pid_namespace``.
@@ -80,7 +84,7 @@ class State:
 
     def line(self) -> str:
         """The state in one line for people."""
-        if self.phase in (FAILED, RESTARTING):
+        if self.phase in (FAILED, RESTARTING, STOPPED):
             return f"{self.phase}: {self.message}"
         if self.phase == DONE:
             return f"{self.stage} finished"
@@ -217,6 +221,14 @@ def read_state(directory: Path, stage: str) -> State | None:
         return None
     if state.stage != stage:
         return None
+    return _with_phase(directory, state) if state.may_listen else state
+
+
+def _with_phase(directory: Path, state: State) -> State:
+    """The state of a server that has passed its checks, with what it says of itself."""
+    told = told_phase(directory)
+    if told is not None:
+        return replace(state, phase=ENDING if told == server_phase.ENDING else READY)
     return _with_layers(directory, state) if state.phase == "loading" else state
 
 
@@ -282,8 +294,9 @@ class StageState:
         if self._silent:
             return {}
         path = self._directory / _LAYERS_FILE
-        with suppress(OSError):
-            path.unlink()  # an earlier server's
+        for earlier in (path, self._directory / server_phase.FILE_NAME):
+            with suppress(OSError):
+                earlier.unlink()
         return {PROGRESS_VARIABLE: str(path)}
 
     def fail(self, reason: str) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from kt_kernel.program import run_program
+
+if __name__ == "__main__":  # before the imports below, which need the extension
+    run_program("kt_kernel.__main__:main")
+
 import importlib.metadata
 import platform
 import sys
@@ -11,7 +16,6 @@ from kt_kernel import DISTRIBUTION, _ext
 from kt_kernel.engine import target_name
 from kt_kernel.errors import UserError
 from kt_kernel.host.cpus import Cpu, allowed_cpus, count_cores
-from kt_kernel.program import run_program
 
 
 def _version(distribution: str) -> str:
@@ -52,7 +56,3 @@ def main() -> int:
     for name, value in rows.items():
         print(f"{name + ':':<20}{value}")
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -6,25 +6,32 @@ import contextlib
 import ctypes
 import io
 import os
+import pkgutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from kt_kernel.errors import without_passwords
+from kt_kernel.installed import missing_package
 
 #: Exit status of a program whose reader went away, as a shell shows SIGPIPE.
 READER_GONE = 141
 
 
-def run_program(main: Callable[[], int]) -> NoReturn:
+def run_program(main: Callable[[], int] | str) -> NoReturn:
     """Run ``main`` and end the process with the status that it returns.
+
+    Args:
+        main: the function, or where it is, as in ``convert.command:main``: what it needs is then
+            imported here, where an interrupt and a missing package are told as later.
 
     A path with an umlaut or with bytes that are no text can be printed to any output; a reader
     that goes away (``| head``) ends the program silently; an output that cannot be written,
-    or a current directory that is gone or closed to this user, is one error line and status 2.
+    a current directory that is gone or closed to this user, or a package that is not installed, is
+    one error line and status 2.
     """
     _prepare_streams()
     sys.excepthook = _print_exception
@@ -34,9 +41,13 @@ def run_program(main: Callable[[], int]) -> NoReturn:
         _fail(f"the current directory cannot be used ({error.strerror}): change to another")
     try:
         try:
-            status = main()
+            status = _imported(main)() if isinstance(main, str) else main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except ImportError as error:
+            if (missing := missing_package(error)) is None:
+                raise
+            _fail(missing)
         sys.stdout.flush()
     except BrokenPipeError:
         status = READER_GONE
@@ -51,10 +62,28 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     os._exit(status)  # flushing again at the end would fail again
 
 
-def end_with_parent(signum: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent ends, however that ends."""
+def _imported(name: str) -> Callable[[], int]:
+    """The function of that name. Ctrl-C meanwhile ends the process as it ends one in C."""
+    own = signal.getsignal(signal.SIGINT)
+    if own is not signal.default_int_handler:  # ignored, as in the background of a script
+        return cast(Callable[[], int], pkgutil.resolve_name(name))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return cast(Callable[[], int], pkgutil.resolve_name(name))
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def end_with_parent(parent: int, signum: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends.
+
+    Args:
+        parent: its process id. One that has ended before is not told of: then this process ends.
+    """
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signum)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _print_exception(*error: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from deploy.checks.result import Finding, fail_unless
 from deploy.checks.situation import Situation, check
 from deploy.hub.marker import is_whole_model
+from deploy.settings.row import AUTO
 from kt_kernel.files.folders import nearest_existing
 
 #: Variables of directories in which the stages and SGLang's packages keep what they make. Of one
@@ -31,6 +32,9 @@ def check_write_access(situation: Situation) -> Iterator[Finding]:
         written.append(("KT_MODEL_PATH", situation.model_path))
     if not are_complete(situation.weight_path):
         written.append(("KT_WEIGHT_PATH", situation.weight_path))
+    for name in ("KT_ENDPOINT_PATH", "KT_EXPERT_COUNTS"):
+        if (path := situation.values[name]) not in (None, AUTO):
+            written.append((name, Path(path).parent))
     for name, below in CACHES.items():
         if value := situation.environment.get(name):
             written.append((name, Path(value) / below))

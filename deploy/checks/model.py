@@ -57,6 +57,45 @@ def check_model(situation: Situation) -> Iterator[Finding]:
     yield Finding(Status.PASS, expected, f"{shards} shards{origin}")
 
 
+@check("model-settings", host=False)
+def check_model_settings(situation: Situation) -> Iterator[Finding]:
+    """Settings that count the model's experts, or replace what its config says, fit the config."""
+    try:
+        config = read_fields(situation.model_path / CONFIG_NAME).values
+    except UserError:
+        return  # the model's own check reports that
+    values = situation.values
+    wrong = []
+    for name, keys in _COUNTS.items():
+        most = next((config[key] for key in keys if isinstance(config.get(key), int)), None)
+        if most is not None and (found := values[name]) is not None and found > most:
+            wrong.append((f"{name} of at most {most}", str(found), f"set {name}={most} or less"))
+    overrides = values["KT_MODEL_OVERRIDE_ARGS"] or {}
+    for key in sorted(overrides.keys() & config.keys()):
+        old, new = config[key], overrides[key]
+        if not (old is None or new is None or _kind(old) == _kind(new)):
+            name = "KT_MODEL_OVERRIDE_ARGS"
+            wanted = f"{key} in {name} to be {_kind(old)}, as in {CONFIG_NAME}"
+            wrong.append((wanted, _kind(new), f"correct it in {name}"))
+    for expected, found, todo in wrong:
+        yield Finding(Status.FAIL, expected, found, todo)
+    if not wrong:
+        yield Finding(Status.PASS, f"settings that fit the model's {CONFIG_NAME}", "such settings")
+
+
+#: What a setting counts, by the names that configs have for how many there are.
+_COUNTS = {
+    "KT_NUM_GPU_EXPERTS": ("n_routed_experts", "num_experts", "num_local_experts"),
+    "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN": ("num_experts_per_tok",),
+}
+
+
+def _kind(value: object) -> str:
+    """What a value of JSON is, in words; the value itself may be private."""
+    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
 @check("remote-code", host=False)
 def check_remote_code(situation: Situation) -> Iterator[Finding]:
     """No Python code of the model's own will run that nobody has read."""

@@ -5,6 +5,11 @@ The settings are those of ``serve``: keys, ``KT_HOST``, ``KT_PORT``, ``KT_CORS_O
 
 from __future__ import annotations
 
+from kt_kernel.program import end_with_parent, run_program
+
+if __name__ == "__main__":  # before the imports below, which take a while
+    run_program("deploy.router.__main__:main")
+
 import argparse
 import asyncio
 import importlib.util
@@ -30,7 +35,6 @@ from deploy.router.options import GRACE_SECONDS, router_options, server_urls
 from deploy.settings.config import Config, export, load
 from kt_kernel.errors import UserError
 from kt_kernel.host.addresses import address_problem, free_port
-from kt_kernel.program import end_with_parent, run_program
 from kt_kernel.sglang_plugin.edge.access import keys_of, origins_of
 from kt_kernel.sglang_plugin.edge.http import MAX_BODY
 
@@ -141,12 +145,11 @@ def _at_end_of(sentinel: int, act: Callable[[], None]) -> None:
 
 def _run_router(arguments: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGTERM)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    assert parent.pid is not None
+    end_with_parent(parent.pid, signal.SIGTERM)
     from sglang_router.router import Router
     from sglang_router.router_args import RouterArgs
 
     Router.from_args(RouterArgs(**arguments)).start()
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -69,7 +69,8 @@ HEALTH = """\
 
 `python entrypoint.py health [--json] [--stage STAGE]` says in one line what a stage is doing:
 `downloading 12.3 of 688.6 GB`, `verifying ...`, `converting 17 of 58 layers`, `checking`,
-`loading 17 of 58 layers`, `warming up`, `ready`, `convert waits for download` or `failed: reason`.
+`loading 17 of 58 layers`, `warming up`, `ready`, `ending`, `convert waits for download`,
+`stopped: the server was told to end` or `failed: reason`.
 Its exit status is 0 while `download` and `convert` work and when they have finished, and for
 `serve` only when it is ready; else 1. So it serves as the health check of a container in every
 stage; give it 15 s. It reads a

@@ -24,7 +24,11 @@ from deploy.settings.value_types import (
     Number,
     Text,
 )
+from kt_kernel.host.cpus import CPU_LIMIT
 from kt_kernel.packed import KT_METHODS
+
+#: What SGLang and its kernels hold in 32 bits.
+MOST = 2**31 - 1
 
 # Rows are denser than the formatter would have them, so that the table can be read as one.
 # fmt: off
@@ -56,7 +60,7 @@ LAUNCH: tuple[Setting, ...] = (
         tutorial="/path/to/deepseek-v3.2-INT4",
     ),
     Setting(
-        "KT_CPUINFER", Integer(1), AUTO,
+        "KT_CPUINFER", Integer(1, CPU_LIMIT), AUTO,
         "CPU threads for the experts and for the conversion. `auto` is the number of physical "
         "cores this process may use; `serve` leaves a CPU to SGLang's scheduler of each GPU and "
         "one to the thread that starts CUDA graphs' calls. There more threads than CPUs are an "
@@ -66,7 +70,7 @@ LAUNCH: tuple[Setting, ...] = (
         tutorial="60", auto=True,
     ),
     Setting(
-        "KT_THREADPOOL_COUNT", Integer(1), AUTO,
+        "KT_THREADPOOL_COUNT", Integer(1, 1024), AUTO,
         "Thread pools, one per NUMA node. `auto` is the number of NUMA nodes whose cores this "
         "process may use.",
         SHARED, ("convert", "serve", "check"),
@@ -74,7 +78,7 @@ LAUNCH: tuple[Setting, ...] = (
         tutorial="2", auto=True,
     ),
     Setting(
-        "KT_NUM_GPU_EXPERTS", Integer(0), AUTO,
+        "KT_NUM_GPU_EXPERTS", Integer(0, MOST), AUTO,
         "Routed experts of each layer that stay on the GPU. `auto` is what fits besides the KV "
         "cache (docs/gpu-memory.md), the tutorial's 1 without a GPU.",
         SERVE, ("serve", "check"), served("--kt-num-gpu-experts"), str(EXPERTS), auto=True,
@@ -98,20 +102,20 @@ LAUNCH: tuple[Setting, ...] = (
         SERVE, ("serve", "check"), served("--mem-fraction-static"), tutorial="0.98", none=True,
     ),
     Setting(
-        "KT_CHUNKED_PREFILL_SIZE", Integer(1), AUTO,
+        "KT_CHUNKED_PREFILL_SIZE", Integer(1, MOST), AUTO,
         f"Tokens of a prompt that are computed at a time. `auto` is the tutorial's {CHUNK}, or 2048"
         f" on a card that cannot also hold its {TOKENS} tokens.",
         SERVE, ("serve", "check"), served("--chunked-prefill-size"), str(CHUNK), auto=True,
     ),
     Setting(
-        "KT_MAX_RUNNING_REQUESTS", Integer(1), AUTO,
+        "KT_MAX_RUNNING_REQUESTS", Integer(1, MOST), AUTO,
         f"Requests that are computed at the same time. `auto` is the tutorial's {REQUESTS}, or 8 on"
         f" a card that cannot also hold its {TOKENS} tokens. `none` leaves it to SGLang.",
         SERVE, ("serve", "check"), served("--max-running-requests"), str(REQUESTS),
         auto=True, none=True,
     ),
     Setting(
-        "KT_MAX_TOTAL_TOKENS", Integer(1), AUTO,
+        "KT_MAX_TOTAL_TOKENS", Integer(256, MOST), AUTO,
         "Tokens that the KV cache holds for all requests together. `auto` is what fits, up to one "
         f"context of full length (docs/gpu-memory.md), the tutorial's {TOKENS} without a GPU. "
         "`none` leaves it to SGLang.",
@@ -128,7 +132,7 @@ LAUNCH: tuple[Setting, ...] = (
         SERVE, ("serve",), served("--enable-mixed-chunk"), tutorial="1",
     ),
     Setting(
-        "KT_TENSOR_PARALLEL_SIZE", Integer(1), "1", "GPUs that share the model.",
+        "KT_TENSOR_PARALLEL_SIZE", Integer(1, 1024), "1", "GPUs that share the model.",
         SERVE, ("serve", "check"), served("--tensor-parallel-size", "--tp-size"), tutorial="1",
     ),
     Setting(

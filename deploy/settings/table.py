@@ -10,7 +10,7 @@ because the command is printed in the table's order; the flags that this project
 
 from __future__ import annotations
 
-from deploy.settings.launch_rows import LAUNCH
+from deploy.settings.launch_rows import LAUNCH, MOST
 from deploy.settings.row import (
     ADDED,
     AUTO,
@@ -37,6 +37,7 @@ from deploy.settings.value_types import (
     URL,
     AlwaysTrue,
     Choice,
+    CpuList,
     FilePath,
     Integer,
     JsonObject,
@@ -122,7 +123,7 @@ TABLE: tuple[Setting, ...] = (
         "KT_ENDPOINT_PATH", FilePath(), "",
         "File in which `serve` keeps the server's address, for routers and clients on other hosts: "
         "from when it is ready until it is told to end; the requests under way are finished then.",
-        ADDED, ("serve",),
+        ADDED, ("serve", "check"),
     ),
     Setting(
         "KT_ENDPOINT_URL", URL, AUTO,
@@ -136,11 +137,11 @@ TABLE: tuple[Setting, ...] = (
         ADDED, ("serve",), none=True,
     ),
     Setting(
-        "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN", Integer(0), NONE,
+        "KT_MAX_DEFERRED_EXPERTS_PER_TOKEN", Integer(0, MOST), NONE,
         "Experts of a token, those of smallest weight, that are added to the next layer's output "
         "instead of their own's, so that the CPU computes them during the next layer's attention: "
         "an approximation (docs/architecture.md). `none` defers none.",
-        ADDED, ("serve",), served("--kt-max-deferred-experts-per-token"), none=True,
+        ADDED, ("serve", "check"), served("--kt-max-deferred-experts-per-token"), none=True,
     ),
     Setting(
         "KT_EXPERT_PLACEMENT", Choice(("first", "measured")), "first",
@@ -153,7 +154,7 @@ TABLE: tuple[Setting, ...] = (
         "KT_EXPERT_COUNTS", FilePath(), AUTO,
         "File in which the server adds up how often each expert is used. `auto` is a file for each "
         "checkpoint, `kt-kernel/experts-CHECKPOINT.json` in `XDG_CACHE_HOME` or `~/.cache`.",
-        ADDED, ("serve",), auto=True,
+        ADDED, ("serve", "check"), auto=True,
     ),
     Setting(
         "KT_GPU_PREFILL_TOKEN_THRESHOLD", Integer(1), AUTO,
@@ -187,7 +188,7 @@ TABLE: tuple[Setting, ...] = (
     Setting(
         "KT_MODEL_OVERRIDE_ARGS", JsonObject(), "",
         "Fields of the model's config to replace; merged with what `KT_DENSE_ATTENTION` does.",
-        ADDED, ("serve",), served("--json-model-override-args"),
+        ADDED, ("serve", "check"), served("--json-model-override-args"),
     ),
     Setting(
         "KT_PREFILL_CUDA_GRAPH", BOOLEAN, "0",
@@ -317,7 +318,7 @@ TABLE: tuple[Setting, ...] = (
         KERNEL, ("serve", "check"), auto=True, by_name=True,
     ),
     Setting(
-        "KT_CPUS", Text("CPUs as in 0-3,8", r"\d+(-\d+)?(,\d+(-\d+)?)*"), "",
+        "KT_CPUS", CpuList(), "",
         "CPUs that the experts' threads, and the conversion, may take. Empty is all that this "
         "process may use; servers of one host take others than each other's in any case.",
         KERNEL, ("convert", "serve", "check"), by_name=True,

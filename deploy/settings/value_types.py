@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kt_kernel.files.foreign import parse_json
+from kt_kernel.host.cpus import CPU_LIMIT, parse_cpu_list
 
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off")
@@ -153,6 +154,21 @@ class Text:
     def parse(self, text: str) -> str:
         if not re.fullmatch(self.pattern, text, re.DOTALL):
             raise ValueError(text)
+        return text
+
+
+@dataclass(frozen=True)
+class CpuList:
+    """A list of CPUs as the kernel writes them, which stays a text: others read the variable."""
+
+    @property
+    def expected(self) -> str:
+        return f"CPUs as in 0-3,8, with ids below {CPU_LIMIT}"
+
+    def parse(self, text: str) -> str:
+        if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+            raise ValueError(text)
+        parse_cpu_list(text)
         return text
 
 

@@ -39,14 +39,31 @@ def run(config: Config, directory: Path, chosen: list[str] | None, image: str) -
     if engine is None and chosen is None:
         say(f"no container engine here has the image {image}: left out (`make image` builds it)")
         chosen = [part for part in PARTS if part != IMAGE]
+    # What is wrong is told now: not after the copies, and not when a whole bundle counts as begun.
     if chosen is None or SOURCE in chosen:
-        bundle_parts.commit_of(environment)  # what is wrong is told now, and not after the copies
+        bundle_parts.commit_of(environment)
+    for part in PARTS:
+        if chosen is None or part in chosen:
+            _check(part, config, engine, image)
     with opened(directory) as bundle:
         for part in PARTS:
             if chosen is None or part in chosen:
                 _add(bundle, part, config, engine, image)
         bundle.finish()
     return 0
+
+
+def _check(part: str, config: Config, engine: str | None, image: str) -> None:
+    """Raise UserError if a part cannot be had."""
+    if part == MODEL:
+        model_files(config.path("KT_MODEL_PATH"))
+    elif part == WEIGHTS:
+        packed_files(config.path("KT_WEIGHT_PATH"))
+    elif part == IMAGE and engine is None:
+        raise UserError(
+            f"no container engine here has the image {image}: build it with `make image`, name "
+            f"another with IMAGE, or leave out the part `image`"
+        )
 
 
 def _add(bundle: Bundle, part: str, config: Config, engine: str | None, image: str) -> None:
@@ -58,11 +75,7 @@ def _add(bundle: Bundle, part: str, config: Config, engine: str | None, image: s
         path = config.path("KT_WEIGHT_PATH")
         bundle.copy(part, path, packed_files(path))
     elif part == IMAGE:
-        if engine is None:
-            raise UserError(
-                f"no container engine here has the image {image}: build it with `make image`, name "
-                f"another with IMAGE, or leave out the part `image`"
-            )
+        assert engine is not None
         name = bundle_parts.image_name(engine, image, environment)
         bundle.make(
             part,

@@ -28,6 +28,7 @@ from deploy.hub.marker import (
     read_marker,
     stamp,
 )
+from deploy.hub.others import files_there, refuse_files_of_others
 from deploy.hub.retries import HubUnreachable, with_retries
 from deploy.hub.unfinished import bytes_present, partial_path, unfinished_files
 from deploy.progress_lines import ProgressLines
@@ -66,11 +67,13 @@ def run(config: Config, state: StageState) -> int:
     http_client.prepare_client()
     directory = config.path("KT_MODEL_PATH")
     repo_id, requested = config.text("KT_MODEL_ID"), config.text("KT_MODEL_REVISION")
+    there = files_there(directory, [LOCK_NAME])  # before the marker, which another may write now
     try:
         marker = read_marker(directory)
+        ours = marker is not None
     except MarkerDamaged as error:
         say(f"warning: {error.reason}: making it again, finished files are recognised")
-        marker = None
+        marker, ours = None, True
     if marker is not None and marker.repo_id != repo_id:
         raise UserError(
             f"{directory} holds {marker.repo_id}, KT_MODEL_ID is {repo_id}: set KT_MODEL_PATH to "
@@ -96,6 +99,11 @@ def run(config: Config, state: StageState) -> int:
         state.set(DONE)
         return 0
     _tell_why(marker, directory, requested, commit)
+    if there and not ours:
+        listed = with_retries(lambda: hub_client.list_files(api, repo_id, commit), retries)
+        refuse_files_of_others(
+            directory, there, listed, hub_client.choose_small_files(listed, code)
+        )
     with _only_one(directory, state) as waited:
         if waited:  # the other one may have done it
             marker = marker_or_none(directory)

@@ -43,7 +43,7 @@ def follow(reports: Callable[[], Mapping[str, Any]], lines: _Lines) -> int:
         if phase == "ready":
             lines.end("ready")
             return 0
-        if phase != "failed":
+        if phase not in ("failed", "stopped"):
             failed_since = None
             lines.show(str(report.get("state")), (stage, phase))
         elif failed_since is None:

@@ -20,9 +20,11 @@ from deploy.stages import check, convert, download, serve
 from deploy.stages.stage import Stage
 from deploy.state import (
     DONE,
+    ENDING,
     FAILED,
     READY,
     RESTARTING,
+    STOPPED,
     WAITING,
     State,
     read_state,
@@ -93,6 +95,8 @@ def find_state(directory: Path, stage: str | None, but: Sequence[str] = ()) -> S
         if state.phase == DONE:
             return 0, state.started
         alive = state.phase != FAILED and state.is_alive(directory)
+        if state.phase == ENDING and not alive:
+            return 0, state.started
         if alive and state.phase == WAITING:
             return 1, -found.index(state)
         if alive:
@@ -120,11 +124,13 @@ def examine(state: State, directory: Path, url: str) -> State:
     if state.phase in (DONE, FAILED):
         return state
     if not state.is_alive(directory):
+        if state.phase == ENDING:
+            return replace(state, phase=STOPPED, message="the server was told to end")
         reason = f"{ENDED} while {state.line()}"
         return replace(
             state, phase=FAILED, message=f"{reason}: it was killed or crashed, its log may say more"
         )
-    if state.may_listen:
+    if state.may_listen and state.phase != ENDING:
         return _ask_server(state, directory, url)
     return state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -196,7 +197,7 @@ def start(command: Command, environment: dict[str, str]) -> subprocess.Popen[byt
         env=environment,
         close_fds=False,
         process_group=0,
-        preexec_fn=end_with_parent,
+        preexec_fn=functools.partial(end_with_parent, os.getpid()),
     )
 
 

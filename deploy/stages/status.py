@@ -43,6 +43,7 @@ from deploy.state import (
     READY,
     RESTARTING,
     SERVERS,
+    STOPPED,
     State,
     read_state,
     run_directory,
@@ -192,7 +193,7 @@ class Deployment:
             if checked is not None and state.started < checked.started:
                 continue
             found = self._examine(state, directory)
-            if found.phase != FAILED:
+            if found.phase not in (FAILED, STOPPED):
                 return None
             reasons.append(found.message)
         if len(reasons) < self._servers:

@@ -9,6 +9,11 @@ second run uses it.
 
 from __future__ import annotations
 
+from kt_kernel.program import run_program
+
+if __name__ == "__main__":  # before the imports below, which take a while
+    run_program("examples.tiny.demo:main")
+
 import argparse
 import os
 import re
@@ -34,7 +39,6 @@ from kt_kernel.errors import UserError
 from kt_kernel.files.foreign import read_fields
 from kt_kernel.host.addresses import free_port
 from kt_kernel.packed import MANIFEST_NAME
-from kt_kernel.program import run_program
 
 REPO_ID = "deepseek-ai/DeepSeek-V3.2-tiny"
 ENTRYPOINT = Path(__file__).resolve().parents[2] / "entrypoint.py"
@@ -261,7 +265,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from kt_kernel.errors import UserError
 
 CPUS_VARIABLE = "KT_CPUS"
+#: Ids in a list are below it: Linux is built for at most 8192 CPUs, and a list is held in memory.
+CPU_LIMIT = 1 << 16
 
 
 class Cpu(NamedTuple):
@@ -31,12 +33,15 @@ def parse_cpu_list(text: str) -> set[int]:
     """The CPUs of a kernel list such as ``0-3,8``.
 
     Raises:
-        ValueError: the text is not a list of that form.
+        ValueError: the text is not a list of that form, or an id is not below :data:`CPU_LIMIT`.
     """
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
+        low, high = int(first), int(last or first)
+        if not 0 <= low <= high < CPU_LIMIT:
+            raise ValueError(f"{part}: expected ids below {CPU_LIMIT}, the smaller one first")
+        cpus.update(range(low, high + 1))
     return cpus
 
 

@@ -27,6 +27,7 @@ def register() -> None:
         # Before SGLang imports libraries that end without one, after a screen of tracebacks.
         if problem := home_problem():
             raise UserError(f"no home directory: {problem}: set HOME to one that can be written")
-        from kt_kernel.sglang_plugin import hooks
+        from kt_kernel.sglang_plugin import ending, hooks
 
+        ending.prepare_end()
         hooks.install()

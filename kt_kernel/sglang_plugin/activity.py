@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kt_kernel.errors import UserError
+from kt_kernel.installed import how_to_install
 from kt_kernel.sglang_plugin import counting
 from kt_kernel.sglang_plugin.device import runs_on_cpu
 from kt_kernel.sglang_plugin.refusal import (
@@ -156,7 +157,7 @@ def _check_available() -> None:
         reason = "SGLang could not import it earlier in this process"
     raise UserError(
         f"--kt-* flags are given, but kt_kernel is not available to SGLang {sglang_version()}: "
-        f"{reason}; reinstall this package and run `python -m kt_kernel`"
+        f"{reason}; {how_to_install()}, and run `python -m kt_kernel` with it"
     )
 
 

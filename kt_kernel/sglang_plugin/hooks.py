@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kt_kernel.errors import UserError
-from kt_kernel.sglang_plugin import activity, counting, listening, rendezvous, scaling
+from kt_kernel.sglang_plugin import activity, counting, ending, listening, rendezvous, scaling
 from kt_kernel.sglang_plugin.cpu_mode import attention, config, experts, fp8_loading
 from kt_kernel.sglang_plugin.device import check_cpu_environment, runs_on_cpu
 from kt_kernel.sglang_plugin.edge import (
@@ -85,6 +85,27 @@ HOOKS: list[Hook] = [
         "before",
         listening.refuse_taken_address,
         "waits for ten minutes when another program took the port while the model loaded",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.entrypoints.http_server._wait_and_warmup",
+        "after",
+        ending.tell_ready,
+        "tells nobody who does not ask that it is ready, and is asked in vain once it has ended",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
+        "before",
+        ending.tell_ending,
+        "leaves no trace that its end was ordered",
+        "always",
+    ),
+    Hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop",
+        "after",
+        ending.end_like_terminate,
+        "ends on SIGINT, Ctrl-C, in the middle of requests and with tracebacks",
         "always",
     ),
     Hook(

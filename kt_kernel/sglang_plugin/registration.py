@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from kt_kernel.errors import UserError
+from kt_kernel.installed import how_to_install
 
 GROUP = "sglang.srt.plugins"
 NAME = "kt_kernel"
@@ -17,7 +18,7 @@ def check_registered() -> None:
     if not entry_points(group=GROUP, name=NAME):
         raise UserError(
             f"SGLang would not load the {NAME} plugin: no installed package has the entry point "
-            f"{NAME} in the group {GROUP}; install this package with `pip install .`"
+            f"{NAME} in the group {GROUP}; {how_to_install()}"
         )
 
 

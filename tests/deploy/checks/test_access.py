@@ -51,6 +51,16 @@ def test_what_is_finished_need_not_be_written(prepared: Prepared) -> None:
     assert not results(KT_MODEL_PATH=str(prepared.model), KT_WEIGHT_PATH=str(prepared.int4))
 
 
+def test_files_of_the_server_are_looked_at_before(tmp_path: Path, prepared: Prepared) -> None:
+    """Fails when one that cannot be made is told only by the server, or never."""
+    names = ("KT_ENDPOINT_PATH", "KT_EXPERT_COUNTS")
+    files = {name: f"{tmp_path}/{name}/new/file" for name in names}
+    for name in names:
+        (tmp_path / name).mkdir()
+    found = results(KT_MODEL_PATH=str(prepared.model), KT_WEIGHT_PATH=str(prepared.int4), **files)
+    assert [result.found.split(" ")[0] for result in found] == [f"{tmp_path}/{n}" for n in names]
+
+
 def test_states_are_not_worth_a_failure(tmp_path: Path) -> None:
     config = load({"KT_RUN_DIR": str(tmp_path)})
     (result,) = check_run_directory(Situation(config.values, config.environment, LAPTOP))

@@ -19,7 +19,9 @@ def test_the_report_has_all_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("deploy.checks.gpu.torch_cuda_version", lambda: (13, 0))
     host(tmp_path, 512, CommitLimit=500, Committed_AS=1)
     write(tmp_path, {"proc/sys/vm/overcommit_memory": "2\n"})
+    write(tmp_path, {"model/config.json": "{}"})
     settings = {"KT_WEIGHT_CACHE": str(tmp_path / "cache"), "KT_PUBLISHED_HOST": "127.0.0.1"}
+    settings["KT_MODEL_PATH"] = str(tmp_path / "model")
     here = situation(tmp_path, with_gpu(H200), **settings)
     names = [r.check for r in run_checks(here, CHECKS)]
     assert list(dict.fromkeys(names)) == [check.name for check in CHECKS]

@@ -169,6 +169,20 @@ def test_parts_come_one_after_the_other(near: dict[str, str], tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_part_that_cannot_be_had_leaves_a_whole_bundle_whole(
+    near: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when the bundle counts as begun before the image and the sources are looked for."""
+    make(near, tmp_path / "b", "weights")
+    whole = content(tmp_path / "b")
+    monkeypatch.setattr(bundle_parts, "ENGINES", ())
+    next(Path(near["KT_MODEL_PATH"]).glob("*.safetensors")).unlink()
+    for part, found in (("image", "no container engine"), ("model", "a finished download")):
+        with pytest.raises(UserError, match=found):
+            make(near, tmp_path / "b", part)
+        assert content(tmp_path / "b") == whole
+
+
 def test_directories_of_others_are_left_alone(
     near: dict[str, str], far: dict[str, str], tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.deploy.helpers import REPO_ID, LocalHub, content, fails, fetched, run
 
 INDEX = "model.safetensors.index.json"
@@ -159,6 +161,26 @@ def test_files_of_an_earlier_download_are_taken_over(hub: LocalHub, tmp_path: Pa
     again = fetched(hub.log_lines())
     assert not any(name.endswith(".safetensors") for name in again)
     assert content(model) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("config.json", "{}", "holds a config.json that is not this repository's: move it, or set"),
+        ("model-00001-of-000002.safetensors", "", "holds a model-00001-of-000002.safetensors that"),
+        ("notes.txt", "mine", "holds other files: expected an empty directory or an earlier"),
+    ],
+)
+def test_files_of_others_are_left_alone(
+    start_hub: Callable[..., LocalHub], tmp_path: Path, name: str, text: str, found: str
+) -> None:
+    """Fails when a download fills ``/`` or a home, or overwrites what it did not write."""
+    hub = start_hub(shards=2, shard_bytes=1000)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / name).write_text(text)
+    assert f"KT_MODEL_PATH {model} {found}" in fails("download", **hub.settings(model))
+    assert [(path.name, path.read_text()) for path in model.iterdir()] == [(name, text)]
 
 
 def test_progress_without_a_terminal(start_hub: Callable[..., LocalHub], tmp_path: Path) -> None:

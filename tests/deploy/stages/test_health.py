@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,9 +24,10 @@ from deploy.state import (
     read_state,
     write_state,
 )
-from kt_kernel.load_progress import LoadProgress
+from kt_kernel.load_progress import PROGRESS_VARIABLE, LoadProgress
+from kt_kernel.server_phase import tell_phase
 from tests.deploy.helpers import LocalHub, Prepared, clean_environment, command, run
-from tests.deploy.stage_states import health
+from tests.deploy.stage_states import health, other_process
 
 
 def test_nothing_started(tmp_path: Path) -> None:
@@ -58,6 +60,41 @@ def test_a_server_says_how_far_it_has_loaded(
     for status, line in ((503, "warming up"), (200, "ready")):
         url = f"http://127.0.0.1:{server(status)}/health"
         assert examine(found, tmp_path, url).line() == line
+
+
+def test_an_ordered_end_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when only those who ask while a server lives learn that it was ready."""
+    (tmp_path / "serve-phase").write_text("ending")  # of an earlier server
+    url = "http://127.0.0.1:9/health"
+    with other_process(tmp_path, "serve", "loading") as process:
+        monkeypatch.setenv(PROGRESS_VARIABLE, str(tmp_path / "serve-layers.json"))
+        (tmp_path / "serve-phase").unlink()
+        for phase, line in (("ready", "failed: .* does not answer"), ("ending", "ending")):
+            tell_phase(phase)
+            found = read_state(tmp_path, "serve")
+            assert found is not None
+            assert found.phase == phase
+            assert re.match(line, examine(found, tmp_path, url).line())
+        process.kill()
+        process.wait()
+        assert found is not None
+        told = examine(found, tmp_path, url)
+        assert told.line() == "stopped: the server was told to end"
+        assert not is_healthy(told)
+        tell_phase("ready")  # as if it had died without an order
+        found = read_state(tmp_path, "serve")
+        assert found is not None
+        assert "ended without a word while ready" in examine(found, tmp_path, url).line()
+
+
+def test_what_an_earlier_server_said_is_over(tmp_path: Path) -> None:
+    (tmp_path / "serve-phase").write_text("ending")
+    state = StageState(tmp_path, "serve")
+    state.for_server()
+    state.set("loading")
+    found = read_state(tmp_path, "serve")
+    assert found is not None
+    assert found.phase == "loading"
 
 
 def test_a_server_that_waits_for_its_turn_is_not_asked(tmp_path: Path) -> None:

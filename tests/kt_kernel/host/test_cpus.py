@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kt_kernel.host.cpus import (
+    CPU_LIMIT,
     Cpu,
     allowed_cpus,
     choose_cpus,
@@ -70,6 +71,15 @@ def test_nodes_of_the_cpu_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert cpus_of_nodes(tmp_path) == {1: {4, 5}}
     write(tmp_path, {"sys/devices/system/node/node0/cpulist": "what"})
     assert cpus_of_nodes(tmp_path) == {0: {4, 5}}
+
+
+def test_a_list_takes_no_more_memory_than_cpus_can_be() -> None:
+    """Fails when a range is expanded before it is bounded: ``0-99999999999`` took 20 GB."""
+    assert parse_cpu_list("0-3,8") == {0, 1, 2, 3, 8}
+    assert max(parse_cpu_list(f"0-{CPU_LIMIT - 1}")) == CPU_LIMIT - 1
+    for text in (f"0-{CPU_LIMIT}", f"{CPU_LIMIT}", f"5,0-{10**18}", "8-3", "-1", "0-x"):
+        with pytest.raises(ValueError, match=r"ids below|invalid literal"):
+            parse_cpu_list(text)
 
 
 def test_quota_is_rounded() -> None:
