@@ -1,12 +1,13 @@
 """Start the server as users do, ask it things, and leave no process behind."""
 
+import functools
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,9 @@ def tutorial_command() -> list[str]:
     return [sys.executable, str(REPOSITORY / "entrypoint.py"), "--env-file", env_file, "serve"]
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM when the test run dies, however it dies."""
-    program.end_with_parent(signal.SIGTERM)
+def end_with_parent() -> Callable[[], None]:
+    """What a child runs before its program: it gets SIGTERM when this process ends, however."""
+    return functools.partial(program.end_with_parent, os.getpid(), signal.SIGTERM)
 
 
 def kill_group(group: int, patience: float = 20.0) -> None:
@@ -196,7 +197,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=end_with_parent(),
             )
 
     def _is_ready(self) -> bool:

@@ -134,7 +134,7 @@ def _started(environment: dict[str, str], log: IO[bytes]) -> Iterator[subprocess
         env=environment,
         stdout=log,
         stderr=log,
-        preexec_fn=end_with_parent,
+        preexec_fn=end_with_parent(),
     )
     try:
         yield router
