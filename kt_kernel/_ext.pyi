@@ -232,11 +232,12 @@ class Layer:
             out: as many bytes as x, from ``take_like`` or ``take_buffer``; becomes [T, H] in x's
                 dtype. The job holds it, too.
             deferred: of each token's experts, that many of the smallest weights (of equal ones the
-                later) are left to the next layer's call instead; none where it is 0.
+                later) are left to the next layer's call instead, but for those that the call
+                computes for another token anyway; none where it is 0.
             before: what the layer before has left for a call of T tokens; added to ``out``.
 
         Returns:
-            The job of ``out``, and what is left; None without ``deferred``.
+            The job of ``out``, and what is left; None if that is nothing.
         """
 
     @property

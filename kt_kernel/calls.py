@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
@@ -109,8 +110,9 @@ class Deferred(NamedTuple):
             return None
         if self.shape != shape:
             raise UserError(
-                f"layer {layer_idx} is called with {shape[0]} tokens after layer {self.layer_idx} "
-                f"has deferred experts of {self.shape[0]} tokens: expected the same batch; "
+                f"layer {layer_idx} is called with {shape[0]} tokens of {shape[1]} after layer "
+                f"{self.layer_idx} has deferred experts of {self.shape[0]} tokens of "
+                f"{self.shape[1]}: expected the same batch; "
                 "set KT_MAX_DEFERRED_EXPERTS_PER_TOKEN=none"
             )
         return self.left
@@ -132,6 +134,8 @@ class LeftByThread(threading.local):
 
 
 LEFT = LeftByThread()
+# Of a pass of the parent's, whose workers a fork does not have.
+os.register_at_fork(after_in_child=lambda: LEFT.swap(None))
 
 
 class FromCuda(NamedTuple):

@@ -51,9 +51,10 @@ class KTMoEWrapper:
         method: ``"AMXINT4"`` or ``"AMXINT8"``: the format of the weights; which of the two int4
             formats, the files say. The instructions used are the best this CPU has.
         max_deferred_experts_per_token: of a token's top-k, that many of the smallest weights go
-            into the next MoE layer's output instead of this one's: an approximation, which lets the
-            CPU work while the GPU is at the next layer's attention. None and 0 defer none, which
-            SGLang passes to the last layer.
+            into the next MoE layer's output instead of this one's, but for experts that the batch
+            needs at once for another token: an approximation, which lets the CPU work while the
+            GPU is at the next layer's attention. None and 0 defer none, which SGLang passes to the
+            last layer.
         numa_nodes, cpu_save: accepted for the fork and not needed.
         mode: ``"inference"``.
         swiglu_limit, swiglu_alpha: 0.0; V3.2 has neither.

@@ -261,7 +261,7 @@ def _serve(
         return servers, None
     try:
         return servers, measure(chosen.check)
-    except (RuntimeError, TimeoutError) as error:  # the line does not need it
+    except (BenchmarkError, RuntimeError, TimeoutError) as error:  # the line does not need it
         return servers, {"layers": chosen.check, "error": str(error)}
 
 

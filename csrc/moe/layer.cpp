@@ -176,22 +176,17 @@ std::shared_ptr<Deferred> Layer::make_deferred(const CallInputs& inputs, const S
 
 Layer::Submitted Layer::submit(const CallInputs& inputs, CallOutput output, int64_t num_deferred) {
   std::vector<uint8_t> later;
-  Slots now;
-  if (num_deferred > 0) {
-    mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config_.top_k, num_deferred,
-                  config_.num_experts, later);
-    now.marks = later.data();
-  }
-  const auto job = make_job(inputs, now, std::move(output));
+  const bool defers =
+      num_deferred > 0 && mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config_.top_k,
+                                        num_deferred, config_.num_experts, later);
+  const auto job = make_job(inputs, {defers ? later.data() : nullptr, 0}, std::move(output));
   if (const auto& bad = job->bad_id()) fail_argument(describe(*bad, config_.num_experts));
-  const auto deferred =
-      num_deferred > 0 ? make_deferred(inputs, {later.data(), 1}) : std::shared_ptr<Deferred>();
   LayerJob::submit(job, false);
   job->wait_for_inputs();
-  if (deferred) {
-    LayerJob::submit(deferred->job, false);
-    deferred->job->wait_for_inputs();
-  }
+  if (!defers) return {job, nullptr};
+  const auto deferred = make_deferred(inputs, {later.data(), 1});
+  LayerJob::submit(deferred->job, false);
+  deferred->job->wait_for_inputs();
   return {job, deferred};
 }
 

@@ -90,8 +90,8 @@ class Layer {
     std::shared_ptr<LayerJob> job;
     std::shared_ptr<Deferred> deferred;  // null where none are
   };
-  // Queues the sum over top-k of weight * expert(x) for each row, but that of each token's
-  // `num_deferred` smallest weights is queued behind it as what the call leaves. Has read the
+  // Queues the sum over top-k of weight * expert(x) for each row, but that of what
+  // mark_deferred chooses is queued behind it as what the call leaves. Has read the
   // inputs when it returns, many rows of x with the workers' help. Throws std::invalid_argument for
   // a bad expert id.
   Submitted submit(const CallInputs& inputs, CallOutput output, int64_t num_deferred);

@@ -11,7 +11,7 @@ std::string describe(const BadId& bad, int64_t num_experts) {
                 ")");
 }
 
-void mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
+bool mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
                    int64_t count, int64_t num_experts, std::vector<uint8_t>& marks) {
   const int64_t slots = tokens * top_k;
   marks.assign(static_cast<size_t>(slots), 0);
@@ -30,10 +30,14 @@ void mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, i
     const int64_t id = ids[i];
     if (marks[static_cast<size_t>(i)] == 0 && known(id)) now[static_cast<size_t>(id)] = 1;
   }
+  bool any = false;
   for (int64_t i = 0; i < slots; ++i) {
     const int64_t id = ids[i];
-    if (known(id) && now[static_cast<size_t>(id)] != 0) marks[static_cast<size_t>(i)] = 0;
+    uint8_t& mark = marks[static_cast<size_t>(i)];
+    if (!known(id) || now[static_cast<size_t>(id)] != 0) mark = 0;
+    any = any || mark != 0;
   }
+  return any;
 }
 
 void group_by_expert(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,

@@ -28,7 +28,8 @@ std::string describe(const BadId& bad, int64_t num_experts);
 // Marks the slots that a call defers with 1 and the others with 0, [tokens, top_k]: each token's
 // `count` of the smallest weights, of equal ones the later, but for experts that the call computes
 // for another token anyway. Their weights would be read twice, which is what few tokens cost.
-void mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
+// Whether any is.
+bool mark_deferred(const ExpertIds& ids, const float* weights, int64_t tokens, int64_t top_k,
                    int64_t count, int64_t num_experts, std::vector<uint8_t>& marks);
 
 // Which of a call's slots are meant: those with this mark, or all.

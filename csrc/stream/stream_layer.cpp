@@ -88,10 +88,12 @@ void StreamContext::end_overdue(std::chrono::milliseconds limit) {
   }
   const double seconds = std::chrono::duration<double>(limit).count();
   const std::string reason = concat("not finished after ", seconds, " s");
-  for (const Running& running : overdue)
+  for (const Running& running : overdue) {
+    bool ended = running.layer->abandon(*running.job, reason);
+    if (running.deferred) ended = running.layer->abandon(*running.deferred, reason) || ended;
     // Said here, too: a call that still waits for its turn has not come to its finish.
-    if (running.layer->abandon(*running.job, reason))
-      fail(concat("layer ", running.layer_idx, ": ", reason));
+    if (ended) fail(concat("layer ", running.layer_idx, ": ", reason));
+  }
 }
 
 // ---- one layer ----------------------------------------------------------------------------------
@@ -135,6 +137,7 @@ struct StreamLayer::Call final : Flags::Call {
   void finish() noexcept override;
 
   std::shared_ptr<Deferred> take_before() const;
+  void leave(std::shared_ptr<Deferred> deferred) const;
   void start_deferred(Layer& its_layer) noexcept;
 
   // Out of the context's list, if it is there, and what it was.
@@ -162,19 +165,17 @@ StreamLayer::~StreamLayer() {
 
 void StreamLayer::Call::start() noexcept {
   try {
-    StreamContext::Running now{nullptr, nullptr, layer_idx, {}};
+    StreamContext::Running now{nullptr, nullptr, nullptr, layer_idx, {}};
     {
       const std::lock_guard lock(context->mutex_);
       now.layer = layer;
     }
     if (!now.layer) fail_runtime("called after its deletion");
-    Slots slots;
-    if (num_deferred > 0) {
-      const LayerConfig& config = now.layer->config();
-      mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config.top_k, num_deferred,
-                    config.num_experts, later);
-      slots.marks = later.data();
-    }
+    const LayerConfig& config = now.layer->config();
+    const bool defers =
+        num_deferred > 0 && mark_deferred(inputs.ids, inputs.weights, inputs.tokens, config.top_k,
+                                          num_deferred, config.num_experts, later);
+    const Slots slots{defers ? later.data() : nullptr, 0};
     // Pinned memory stays forever and so has no owner.
     now.job = now.layer->make_job(
         inputs, slots, {{std::shared_ptr<void>(), pinned.out}, inputs.dtype, take_before()});
@@ -188,7 +189,10 @@ void StreamLayer::Call::start() noexcept {
       context->running_.splice(context->running_.end(), place);
     }
     LayerJob::submit(now.job, true);
-    if (num_deferred > 0) start_deferred(*now.layer);
+    if (defers)
+      start_deferred(*now.layer);
+    else if (left)
+      leave(nullptr);
   } catch (const std::exception& error) {
     fail(error.what());
     stop_running();  // nobody would end it
@@ -197,13 +201,18 @@ void StreamLayer::Call::start() noexcept {
 
 std::shared_ptr<Deferred> StreamLayer::Call::take_before() const {
   if (!before) return nullptr;
-  std::shared_ptr<Deferred> deferred;
+  std::optional<std::shared_ptr<Deferred>> deferred;
   {
     const std::lock_guard lock(context->mutex_);
-    deferred = std::exchange(before->deferred, nullptr);
+    deferred = std::exchange(before->deferred, std::nullopt);
   }
   if (!deferred) fail_runtime("what the layer before defers is missing");
-  return deferred;
+  return *deferred;
+}
+
+void StreamLayer::Call::leave(std::shared_ptr<Deferred> deferred) const {
+  const std::lock_guard lock(context->mutex_);
+  left->deferred = std::move(deferred);
 }
 
 // Behind the call's own job, whose end does not depend on this: the next layer's call fails where
@@ -211,10 +220,13 @@ std::shared_ptr<Deferred> StreamLayer::Call::take_before() const {
 void StreamLayer::Call::start_deferred(Layer& its_layer) noexcept {
   try {
     auto deferred = its_layer.make_deferred(inputs, {later.data(), 1});
+    {
+      const std::lock_guard lock(context->mutex_);
+      running->deferred = deferred->job;
+    }
     LayerJob::submit(deferred->job, false);
     deferred->job->wait_for_inputs();
-    const std::lock_guard lock(context->mutex_);
-    left->deferred = std::move(deferred);
+    leave(std::move(deferred));
   } catch (const std::exception& error) {
     fail(error.what());
   }

@@ -20,6 +20,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -85,6 +86,7 @@ class StreamContext {
   struct Running {
     std::shared_ptr<Layer> layer;
     std::shared_ptr<LayerJob> job;
+    std::shared_ptr<LayerJob> deferred;  // what it leaves, from before that waits for its turn
     int layer_idx = 0;
     std::chrono::steady_clock::time_point since;
   };
@@ -116,9 +118,9 @@ class StreamLayer {
   StreamLayer(const StreamLayer&) = delete;
   StreamLayer& operator=(const StreamLayer&) = delete;
 
-  // Puts the start of a call on the stream, whose inputs are in device memory; `num_deferred` of
-  // each token's experts are left to the call after it, and what the last call of `before` leaves,
-  // if there is one, is added to this one's output. Throws std::runtime_error for what CUDA
+  // Puts the start of a call on the stream, whose inputs are in device memory; up to `num_deferred`
+  // of each token's experts are left to the call after it, and what the last call of `before`
+  // leaves, if there is one, is added to this one's output. Throws std::runtime_error for what CUDA
   // refuses, for a call that failed earlier, and where `before` leaves nothing.
   void submit(CudaStream stream, const CallInputs& inputs, int64_t num_deferred,
               StreamLayer* before);
@@ -129,7 +131,7 @@ class StreamLayer {
   struct Call;
   // From a call to the one after it, whenever they run; the context's mutex is its.
   struct Left {
-    std::shared_ptr<Deferred> deferred;
+    std::optional<std::shared_ptr<Deferred>> deferred;  // null where the call had none to defer
   };
   static void start(void* call);
   static void finish(void* call);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_pass_that_was_not_finished_leaves_nothing(layers: list[RandomLayer]) 
 def test_another_batch_in_between_is_refused(layers: list[RandomLayer]) -> None:
     called = wrappers(layers, 2)
     run(called[0], *batch(6, 1))
-    with pytest.raises(UserError, match=r"layer 4 is called with 5 tokens after layer 3 .* of 6 t"):
+    with pytest.raises(UserError, match=r"layer 4 is called with 5 tokens of 256 after layer 3 .* 6 t"):
         called[1].submit_forward(*batch(5, 1), 0)
     # That one is forgotten, too.
     want = layers[1].wrapper("int8", num_gpu_experts=RESIDENT).forward(*batch(5, 1), 0)
@@ -209,34 +210,31 @@ def test_a_bad_id_among_the_deferred_is_refused(layers: list[RandomLayer]) -> No
     assert torch.equal(run(called[0], *batch(6, 0)), want[0])
 
 
-@pytest.mark.parametrize("end", ["refused", "another batch", "dropped"])
-def test_a_job_that_nobody_waits_for_keeps_its_memory(
-    layers: list[RandomLayer], monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    """However the pass ends, its deferred job does not write to memory that others have by then."""
-    monkeypatch.setenv("KT_TARGET", "scalar")  # slow
+def test_a_fork_does_not_take_what_its_parent_left(layers: list[RandomLayer]) -> None:
+    """Its workers are not there: a call that waited for them would never end."""
     first, second = wrappers(layers, 6)[:2]
-    x, ids, weights = batch(900, 1)
-    ids[:] = torch.arange(2, 10)  # all tokens defer the same six
-    weights[:] = torch.arange(8, 0, -1)
-    first.forward(x, ids, weights)
-    before = first._weights.engine.totals["calls"]
-    if end == "refused":
-        ids = torch.full_like(ids, SHAPE.num_experts)
-        with pytest.raises(UserError, match="expert id 16"):
-            second.submit_forward(x, ids, weights)
-    elif end == "another batch":
-        with pytest.raises(UserError, match="expected the same batch"):
-            second.submit_forward(*batch(899, 1))
-    else:
-        LEFT.swap(None)
-    others = [first._weights.engine.take_buffer(x.nbytes) for _ in range(4)]
-    for memory in others:
-        memory[:] = 0
-    totals = first._weights.engine.totals
-    assert totals["calls"] == before, "the deferred job was over: nothing was tried"
-    second.without_deferral().forward(*batch(1, 1))  # jobs run in turn
-    assert not any(memory.any() for memory in others)
+    first.forward(*batch(5, 1))
+    assert LEFT.deferred is not None
+    child = os.fork()
+    if child == 0:
+        os._exit(LEFT.deferred is not None)
+    assert os.waitpid(child, 0)[1] == 0
+    second.forward(*batch(5, 1))
+    assert LEFT.deferred is not None  # its own
+
+
+def test_a_call_that_has_none_to_defer_makes_no_second_one(layers: list[RandomLayer]) -> None:
+    """As nearly all of many tokens: each expert is needed at once for one of them; and padding."""
+    first, plain = wrappers(layers, 2)[0], wrappers(layers, None)[0]
+    engine = first._weights.engine
+    x, ids, weights = random_batch(SHAPE, 16)
+    ids = (torch.arange(16)[:, None] + torch.arange(8)).remainder(16).int()
+    for chosen in (ids, torch.full_like(ids, -1)):
+        want = run(plain, x, chosen, weights)
+        before = engine.totals["calls"]
+        assert torch.equal(run(first, x, chosen, weights), want)
+        assert LEFT.deferred is None
+        assert engine.totals["calls"] == before + 1
 
 
 def test_threads_do_not_take_what_others_left(layers: list[RandomLayer]) -> None:

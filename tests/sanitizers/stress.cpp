@@ -70,7 +70,7 @@ std::vector<float> pass(kt::Layer& first, kt::Layer& second, const Inputs& in, b
                               kt::ExpertIds{in.ids.data()}, in.weights.data()};
   const kt::CallOutput to_before{{before, before->data()}, kt::ActivationDtype::kFp32, nullptr};
   const kt::Layer::Submitted left = first.submit(inputs, to_before, 1);
-  if (!at_once) kt::WorkerPool::wait(*left.deferred->job);
+  if (left.deferred && !at_once) kt::WorkerPool::wait(*left.deferred->job);
   const kt::CallOutput output{{out, out->data()}, kt::ActivationDtype::kFp32, left.deferred};
   kt::WorkerPool::wait(*second.submit(inputs, output, 0).job);
   return *out;

@@ -386,9 +386,18 @@ def test_a_call_that_never_ends_is_ended(context: _ext.StreamContext, stream: St
     assert torch.equal(layer.expected(3), layer.expected(3))
 
 
-@pytest.mark.parametrize("tokens", [2, 1500], ids=["in the queue", "for scratch memory"])
+@pytest.mark.parametrize(
+    ("tokens", "small", "deferred"),
+    [(2, 63, 0), (1, 62, 1), (1500, 0, 0)],
+    ids=["in the queue", "what it defers in the queue", "for scratch memory"],
+)
 def test_a_call_that_waits_for_its_turn_is_ended(
-    context: _ext.StreamContext, stream: Stream, monkeypatch: pytest.MonkeyPatch, tokens: int
+    context: _ext.StreamContext,
+    stream: Stream,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: int,
+    small: int,
+    deferred: int,
 ) -> None:
     """In CUDA's thread, before workers have it: behind a full queue, or to grow shared memory."""
     monkeypatch.setenv("KT_TARGET", "scalar")
@@ -397,14 +406,17 @@ def test_a_call_that_waits_for_its_turn_is_ended(
     engine, kernels = held.engine, held.layer
     calls = engine.totals["calls"]
     jobs = []
-    for waiting in [1000] if tokens == 1500 else [1000] + 63 * [1]:
+    for waiting in [1000] + small * [1]:
         x, ids, weights = (t.numpy() for t in inputs(waiting, torch.float32, None))
         jobs.append(kernels.submit(x, ids, weights, engine.take_buffer(x.nbytes))[0])
-    layer.run(stream, batch)
+    stream.begin_capture()
+    layer.submit(stream, batch, deferred)
+    layer.sync(stream, batch.out)
+    stream.launch(stream.end_capture())
     while context.failure == "":
         context.end_overdue(0.001)
-    assert engine.totals["calls"] == calls, "the job before was over: nothing had to wait"
     stream.synchronize()
+    assert engine.totals["calls"] == calls, "the job before was over: nothing had to wait"
     assert context.failure == "layer 5: not finished after 0.001 s"
     assert np.isnan(batch.out.numpy()).all()
     for job in jobs:
