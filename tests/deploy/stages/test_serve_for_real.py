@@ -128,4 +128,4 @@ def test_serve_and_smoke(tmp_path: Path) -> None:
         assert run("health", **settings).stdout == "ready\n"  # of the one that runs
     ended = run("health", **settings)
     assert ended.returncode == 1
-    assert ended.stdout.startswith("failed: the process ended without a word while ready")
+    assert ended.stdout == "stopped: the server was told to end\n"
