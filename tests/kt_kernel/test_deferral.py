@@ -192,9 +192,7 @@ def test_a_pass_that_was_not_finished_leaves_nothing(layers: list[RandomLayer]) 
 def test_another_batch_in_between_is_refused(layers: list[RandomLayer]) -> None:
     called = wrappers(layers, 2)
     run(called[0], *batch(6, 1))
-    with pytest.raises(
-        UserError, match=r"layer 4 is called with 5 tokens of 256 after .* 6 t"
-    ):
+    with pytest.raises(UserError, match=r"layer 4 is called with 5 tokens of 256 after .* 6 t"):
         called[1].submit_forward(*batch(5, 1), 0)
     # That one is forgotten, too.
     want = layers[1].wrapper("int8", num_gpu_experts=RESIDENT).forward(*batch(5, 1), 0)
