@@ -26,6 +26,9 @@ from kt_kernel.host.cpus import cpus_of_nodes
 #: For measurements and tests: nothing is registered.
 STAGING_VARIABLE = "_KT_GPU_PREFILL_STAGING"
 
+#: What CUDA refused to unregister, and what was to follow: never freed, as ``Registered`` says why.
+_still_registered: list[list[NDArray[np.uint8]]] = []
+
 #: Of CUDA, for memory; raises RuntimeError where CUDA refuses.
 OfMemory = Callable[[NDArray[np.uint8]], None]
 
@@ -62,7 +65,7 @@ class Registered:
     def release(self) -> None:
         """Unregister it now, since others may still hold this object; a second time, nothing.
 
-        The card's copies from it must have ended.
+        The card's copies from it must have ended. What CUDA refuses stays in memory from then on.
 
         Raises:
             RuntimeError: what CUDA refuses.
@@ -72,8 +75,13 @@ class Registered:
 
 def _unregister(unregister: OfMemory, memory: list[NDArray[np.uint8]], process: int) -> None:
     if os.getpid() == process:
-        while memory:
-            unregister(memory.pop())
+        try:
+            while memory:
+                unregister(memory[-1])
+                memory.pop()
+        except BaseException:
+            _still_registered.append(memory)
+            raise
 
 
 class StagedRows(NamedTuple):

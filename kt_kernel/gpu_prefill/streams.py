@@ -7,11 +7,44 @@ that runs on threads of its own and loses no chance to run things too early.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from kt_kernel.stream import cuda_runtime_path
+
+#: cudaStreamCaptureModeRelaxed
+_RELAXED = 2
+
+
+@functools.cache
+def _runtime() -> Any:
+    return ctypes.CDLL(cuda_runtime_path())
+
+
+@contextlib.contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Lets this thread wait for a stream that nobody captures while another thread captures one.
+
+    By default CUDA refuses that, and the other thread's graph is lost.
+
+    Raises:
+        RuntimeError: CUDA refuses.
+    """
+    exchange = _runtime().cudaThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_RELAXED)
+    error = exchange(ctypes.byref(mode))
+    if error:
+        raise RuntimeError(f"cudaThreadExchangeStreamCaptureMode failed (CUDA error {error})")
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))  # now the one before
 
 
 class Stream(Protocol):
@@ -97,7 +130,9 @@ class CudaStream:
             torch.cuda.current_stream(self._device).wait_stream(self._own)
 
     def finish(self) -> None:
-        self._stream.synchronize()
+        # A finalizer's work may be done while another thread captures.
+        with relaxed_capture():
+            self._stream.synchronize()
 
     def may_finish(self) -> bool:
         return not torch.cuda.is_current_stream_capturing()

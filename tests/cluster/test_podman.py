@@ -249,10 +249,35 @@ def test_a_stage_gets_no_secret_that_it_does_not_read(tmp_path: Path) -> None:
     assert "secret" not in (tmp_path / ".config/deepseek-v32/convert.env").read_text()
 
 
+def test_settings_with_signs_of_their_own_are_taken(tmp_path: Path) -> None:
+    """What only looks like the forms that are refused: a dollar sign, comments, other settings."""
+    settings = (
+        "# Gr\xf6\xdfe: HTTPS_PROXY=${P}\nHF_TOKEN=a$$b\n"
+        "KT_API_KEY= 'a$b'\n"
+        'KT_ADMIN_KEY="a\\"b"\n'
+        "HTTP_PROXY=http://h/\\\nA=1\nB=${A}\xe9\n#HTTPS_PROXY=${P}\n"
+    )
+    old = tmp_path / ".config/deepseek-v32/settings.env"
+    old.parent.mkdir(parents=True)
+    old.touch()
+    done = install(tmp_path, settings)
+    assert done.returncode == 0, done.stderr
+    assert not old.exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "version", "error"),
     [
         ("A=1\nKT_API_KEY='sk-\nb'\n", "5.0.0", "settings.env:2: expected a value that ends on"),
+        ('KT_API_KEY="sk-\\\nb"\n', "5.0.0", "settings.env:1: expected a value that ends on"),
+        ("KT_API_KEY='sk\\'\nb'\n", "5.0.0", "settings.env:1: expected a value that ends on"),
+        ('KT_API_KEY=\xa0"sk-\nb"\n', "5.0.0", "settings.env:1: expected a value that ends on"),
+        ("\ufeffHF_TOKEN=hf\n", "5.0.0", "settings.env:1: expected ASCII up to the ="),
+        ("# \xdc\n\xa0HF_TOKEN=hf\n", "5.0.0", "settings.env:2: expected ASCII up to the ="),
+        ("export\xa0HF_TOKEN=hf\n", "5.0.0", "settings.env:1: expected ASCII up to the ="),
+        ("P=http://u:pw@p\nHTTPS_PROXY=${P}\n", "5.0.0", "settings.env:2: expected the value"),
+        ('P=pw\nHTTP_PROXY="http://u:$P@p"\n', "5.0.0", "settings.env:2: expected the value"),
+        ("HF_ENDPOINT=http://h\nA=${HF_ENDPOINT}/x\n", "5.0.0", "settings.env:2: expected no var"),
         ("KT_API_KEY_FILE=/none", "5.0.0", "settings.env: KT_API_KEY_FILE: cannot read /none"),
         ("", "4.3.1", "podman is 4.3.1: expected 5.0 or later, whose units take drop-ins"),
     ],

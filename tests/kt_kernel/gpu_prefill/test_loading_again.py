@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import weakref
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from kt_kernel import KTMoEWrapper
 from kt_kernel.errors import UserError
-from kt_kernel.gpu_prefill import start
+from kt_kernel.gpu_prefill import staging, start
 from kt_kernel.gpu_prefill.staging import HostRegister
 from kt_kernel.gpu_prefill.streams import DirectStream
 from tests.kt_kernel.gpu_prefill.divided_calls import (
@@ -193,14 +194,23 @@ def test_a_layer_that_goes_waits_for_the_end_of_a_capture(
 
 
 def test_what_cuda_refuses_of_a_layer_that_goes_is_logged(
-    make: Make, pages: Pages, caplog: pytest.LogCaptureFixture
+    make: Make, pages: Pages, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may come to light in another layer's call, which has nothing to do with it."""
+    """It may come to light in another layer's call, which has nothing to do with it.
+
+    The weights stay: if they were freed, the card would take what is mapped there next for them.
+    """
+    monkeypatch.setattr(staging, "_still_registered", [])
     first, second = with_a_layer_on_its_way(make)
+    weights = weakref.ref(second[0]._weights.layer)
     want = first.forward(*batch())
     pages.gone = True
     second.clear()
     assert "layer 1 is gone, and its memory stays registered with CUDA: driver" in caplog.text
+    for record in caplog.records:
+        record.args = ()  # the error's traceback holds the memory
+    gc.collect()
+    assert weights() is not None
     assert torch.equal(first.forward(*batch()), want)
 
 

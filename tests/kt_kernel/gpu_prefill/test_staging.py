@@ -131,6 +131,29 @@ def test_what_is_registered_is_unregistered_once_before_it_goes(
     assert all(array() is None for array in arrays)
 
 
+def test_what_cuda_refuses_to_unregister_is_never_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card would read old pages where memory that is mapped there next is registered."""
+    monkeypatch.setattr(staging, "_still_registered", [])
+
+    def refuse(_: NDArray[np.uint8]) -> None:
+        raise RuntimeError("driver shutting down (CUDA error 4)")
+
+    registered = Registered(refuse)
+    arrays = []
+    for size in (1, 2):
+        memory = np.zeros(size, np.uint8)
+        registered.add(memory)
+        arrays.append(weakref.ref(memory))
+    del memory
+    try:
+        registered.release()
+    except RuntimeError as error:
+        refusal = str(error)  # pytest.raises would keep the traceback, which holds the memory
+    assert refusal.startswith("driver shutting down")
+    del registered
+    assert all(array() is not None for array in arrays)
+
+
 def test_a_forked_process_unregisters_nothing() -> None:
     """It has no card: CUDA may be called in the parent alone."""
     cuda = Cuda(1)
