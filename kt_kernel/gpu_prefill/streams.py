@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kt_kernel.errors import UserError
 from kt_kernel.stream import cuda_runtime_path
 
 #: cudaStreamCaptureModeRelaxed
@@ -24,7 +25,11 @@ _RELAXED = 2
 
 @functools.cache
 def _runtime() -> Any:
-    return ctypes.CDLL(cuda_runtime_path())
+    """CUDA's, None where PyTorch links it in such a way that it cannot be found."""
+    try:
+        return ctypes.CDLL(cuda_runtime_path())
+    except UserError:
+        return None
 
 
 @contextlib.contextmanager
@@ -36,7 +41,10 @@ def relaxed_capture() -> Iterator[None]:
     Raises:
         RuntimeError: CUDA refuses.
     """
-    exchange = _runtime().cudaThreadExchangeStreamCaptureMode
+    if (runtime := _runtime()) is None:
+        yield
+        return
+    exchange = runtime.cudaThreadExchangeStreamCaptureMode
     mode = ctypes.c_int(_RELAXED)
     error = exchange(ctypes.byref(mode))
     if error:
