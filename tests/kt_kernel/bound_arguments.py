@@ -88,7 +88,8 @@ def call_inputs() -> dict[str, Any]:
 def left_of(tokens: int) -> Any:
     """What a call of so many tokens leaves."""
     x = np.ones((tokens, H), np.float32)
-    ids, weights = np.zeros((tokens, K), np.int32), np.ones((tokens, K), np.float32)
+    ids = np.tile(np.arange(K, dtype=np.int32), (tokens, 1))
+    weights = np.ones((tokens, K), np.float32)
     return layer.submit(x, ids, weights, engine.take_like(x), 1)[1]
 
 

@@ -106,7 +106,12 @@ def test_no_stage_without_its_packages(stage: str, tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-S", root / "entrypoint.py", stage],
-        env={"PATH": os.environ["PATH"], "KT_RUN_DIR": str(tmp_path), "KT_DEVICE": "cpu"},
+        env={
+            "PATH": os.environ["PATH"],
+            "KT_RUN_DIR": str(tmp_path),
+            "KT_DEVICE": "cpu",
+            "KT_MODEL_PATH": str(tmp_path),  # convert looks first whether it is there
+        },
         capture_output=True,
         timeout=60,
         check=False,
