@@ -36,7 +36,7 @@ def refuse_files_of_others(
         UserError: it holds a file of the same name that is another, or none of the repository's.
     """
     names = {name: listed[name] for name in there if name in listed}
-    wanted = {name: file for name, file in names.items() if name in {*small}}
+    wanted = {name: names[name] for name in small if name in names}
     verifier = Verifier(directory, Marker("", "", "", wanted), with_content=True)
     bad = verifier.bad_files(wanted)
     bad += [
